@@ -1,0 +1,28 @@
+# Everything runs in .venv, which is made once and remade when pyproject.toml changes.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test test-fast lint clean
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "Installing torch, lightning, hydra ... into .venv (once; several GB, a few minutes)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ready ## a real sparse training on the embedded digits
+	$(RUN) train.py experiment=demo
+
+lint: .venv/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+test: lint ## lint and the whole suite
+	$(RUN) -m pytest
+
+test-fast: lint ## without the tests marked slow
+	$(RUN) -m pytest -m 'not slow'
+
+clean:
+	rm -rf .venv runs

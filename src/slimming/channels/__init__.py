@@ -1,0 +1,1 @@
+"""The slimming core: torch only."""

@@ -1,0 +1,89 @@
+"""Parameters and multiply-accumulates of a network, counted from the operators that really run.
+
+Convention: MACs of convolutions, transposed convolutions and matrix products; BatchNorm, activations, pooling and
+additions count nothing. FLOPs = 2 * MACs.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Cost:
+    """What a network costs on one example.
+
+    Attributes:
+        num_params: elements of all parameters, shared ones once.
+        macs: multiply-accumulates of one forward pass on the example, divided by its batch size.
+        layers: macs by the name of the layer whose weight is used; "" for products of activations.
+    """
+
+    num_params: int
+    macs: int
+    layers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names = names
+        self.layers: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        operands = [a for a in args if isinstance(a, torch.Tensor)]
+        count = _macs(func._overloadpacket, args, operands, out)
+        if count:
+            name = next((self.names[a.data_ptr()] for a in operands if a.data_ptr() in self.names), "")
+            self.layers[name] = self.layers.get(name, 0) + count
+        return out
+
+
+def _macs(packet, args, operands, out) -> int:
+    if packet in _CONVOLUTIONS:
+        data, weight = operands[:2]
+        transposed = (packet is aten.convolution and args[6]) or packet in _TRANSPOSED
+        positions = math.prod((data if transposed else out).shape[2:]) * data.shape[0]
+        return positions * weight.numel()
+    if packet is aten.linear:
+        return operands[0].numel() * operands[1].shape[0]
+    if packet in (aten.mm, aten.bmm, aten.matmul):
+        return out.numel() * operands[0].shape[-1]
+    if packet in (aten.addmm, aten.baddbmm):
+        return out.numel() * operands[1].shape[-1]
+    if packet is aten.scaled_dot_product_attention:
+        query, _, value = operands[:3]
+        keys = operands[1].shape[-2]
+        return query.numel() * keys + query[..., 0].numel() * keys * value.shape[-1]
+    return 0
+
+
+_TRANSPOSED = {aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d}
+_CONVOLUTIONS = {aten.convolution, aten.conv1d, aten.conv2d, aten.conv3d} | _TRANSPOSED
+
+
+def cost(model: nn.Module, example: torch.Tensor) -> Cost:
+    """Count parameters and MACs; the model is not changed.
+
+    Args:
+        model: any network, on the device of the example.
+        example: (N, ...) an input; MACs are per item of its first axis.
+    """
+    model = copy.deepcopy(model).eval()
+    names = {p.data_ptr(): n.rpartition(".")[0] for n, p in model.named_parameters()}
+    counter = _Counter(names)
+    with torch.inference_mode(), counter:
+        model(example)
+    layers = {name: count // len(example) for name, count in counter.layers.items()}
+    return Cost(sum(p.numel() for p in model.parameters()), sum(layers.values()), layers)

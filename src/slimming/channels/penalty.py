@@ -1,0 +1,99 @@
+"""The L1 penalty on BatchNorm scales, as a subgradient added to the gradients.
+
+Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, equation 1.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from slimming.errors import ConfigError
+
+
+def batchnorm_gammas(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """Return the trainable BatchNorm scales by layer name; a shared layer once.
+
+    Args:
+        model: any network.
+        layers: shell patterns of layer names (`layer1.*`); None: all.
+
+    Raises:
+        ConfigError: a pattern that matches no BatchNorm with a trainable scale.
+    """
+    found = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.weight.requires_grad
+    }
+    if layers is None:
+        return found
+    for pattern in layers:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            some = ", ".join(list(found)[:8]) or "none"
+            raise ConfigError(
+                f"penalty.layers: {pattern!r} matches no BatchNorm with a trainable scale; there are {some}"
+            )
+    return {name: gamma for name, gamma in found.items() if any(fnmatchcase(name, p) for p in layers)}
+
+
+class Penalty:
+    """sparsity * sum |gamma| over some gammas of a network.
+
+    Args:
+        gammas: the scales, by layer name; each (C,).
+        sparsity: lambda of the paper's equation 1, >= 0.
+    """
+
+    def __init__(self, gammas: dict[str, nn.Parameter], sparsity: float):
+        self.gammas, self.sparsity = gammas, sparsity
+
+    @torch.no_grad()
+    def add_gradient(self, factor: float | torch.Tensor = 1.0) -> None:
+        """Add factor * sparsity * sign(gamma), with sign(0) = 0, to every gradient; a missing gradient counts as zero.
+
+        Args:
+            factor: what the loss was multiplied by before its backward pass: 1 / accumulated batches, the scale of a
+                GradScaler (a tensor, so that no device has to be waited for).
+        """
+        gammas = list(self.gammas.values())
+        if not gammas or self.sparsity == 0:
+            return
+        for gamma in gammas:
+            if gamma.grad is None:
+                gamma.grad = torch.zeros_like(gamma)
+        signs = torch._foreach_sign(gammas)
+        if isinstance(factor, torch.Tensor):
+            torch._foreach_mul_(signs, factor.to(gammas[0]) * self.sparsity)
+            torch._foreach_add_([g.grad for g in gammas], signs)
+        else:
+            torch._foreach_add_([g.grad for g in gammas], signs, alpha=factor * self.sparsity)
+
+    @torch.no_grad()
+    def value(self) -> torch.Tensor:
+        """Return sparsity * sum |gamma|, a scalar on the gammas' device."""
+        if not self.gammas:
+            return torch.tensor(0.0)
+        return torch.stack(torch._foreach_norm(list(self.gammas.values()), 1)).sum() * self.sparsity
+
+    def flat(self) -> torch.Tensor:
+        """Return all |gamma| as one float32 CPU vector."""
+        gammas = [g.detach().abs().float().cpu().flatten() for g in self.gammas.values()]
+        return torch.cat(gammas) if gammas else torch.empty(0)
+
+
+def near_zero_share(gammas: torch.Tensor, fraction: float = 0.01) -> float:
+    """Return the share of |gamma| below `fraction` of the largest; 0 where there are none."""
+    return float((gammas < fraction * gammas.max()).float().mean()) if len(gammas) else 0.0
+
+
+def travel_budget(sparsity: float, lr_sum: float, momentum: float) -> float:
+    """Return how far SGD with this penalty alone can move a gamma in a run.
+
+    Args:
+        sparsity: lambda.
+        lr_sum: sum of the learning rate over all optimizer steps.
+        momentum: of SGD, in [0, 1); a constant gradient g moves by lr * g / (1 - momentum) per step.
+    """
+    return sparsity * lr_sum / (1 - momentum)

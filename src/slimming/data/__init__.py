@@ -1,0 +1,8 @@
+"""LightningDataModules that keep whole data sets in memory as uint8 and augment on the device."""
+
+from slimming.data.base import ImageData
+from slimming.data.digits import Digits
+from slimming.data.image_folder import ImageFolder
+from slimming.data.official import CIFAR10, CIFAR100, MNIST, SVHN
+
+__all__ = ["CIFAR10", "CIFAR100", "MNIST", "SVHN", "Digits", "ImageData", "ImageFolder"]

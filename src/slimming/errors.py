@@ -1,0 +1,42 @@
+"""Errors meant for the user: one message that names the key, the value, what is allowed and what to do."""
+
+import math
+import numbers
+
+
+class SlimmingError(ValueError):
+    """Base of all errors that the user can mend; entries print its message alone and exit with 1."""
+
+
+class ConfigError(SlimmingError):
+    """A value of the configuration is not usable."""
+
+
+class DataError(SlimmingError):
+    """A data set is missing, incomplete or not what it should be."""
+
+
+class CheckpointError(SlimmingError):
+    """A checkpoint cannot be read, written or used for this network."""
+
+
+class TrainingError(SlimmingError):
+    """A training cannot go on."""
+
+
+def check_number(
+    key: str, value, low: float = -math.inf, high: float = math.inf, *, above: bool = False, whole: bool = False
+) -> None:
+    """Raise ConfigError unless `value` is a finite number in [low, high] ((low, high] with `above`), whole if asked."""
+    kind = numbers.Integral if whole else numbers.Real
+    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if good and (low < value if above else low <= value) and value <= high:
+        return
+    bounds = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
+    raise ConfigError(f"{key} must be a {'whole ' * whole}number {' and '.join(bounds)}, got {value!r}".strip())
+
+
+def check_choice(key: str, value, allowed) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")

@@ -1,0 +1,37 @@
+"""Plain torch networks without any knowledge of pruning, each known by a registered name with plain arguments.
+
+Every factory takes `num_classes` and `in_channels`; the own networks end in global average pooling, so that any image
+size that their strides allow works.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from slimming.errors import ConfigError
+from slimming.models.convnet import convnet
+from slimming.models.densenet import densenet
+from slimming.models.mlp import mlp
+from slimming.models.preresnet import preresnet
+from slimming.models.vgg import vgg
+from slimming.models.zoo import torchvision
+
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (vgg, preresnet, densenet, convnet, mlp, torchvision)
+}
+
+
+def build(name: str, /, **arguments) -> nn.Module:
+    """Build a registered network.
+
+    Raises:
+        ConfigError: an unknown name, or arguments that the factory does not take.
+    """
+    if name not in REGISTRY:
+        raise ConfigError(f"no model is registered as {name!r}; there are {', '.join(REGISTRY)}")
+    return REGISTRY[name](**arguments)
+
+
+def label(name: str, arguments: dict) -> str:
+    """Name a network for people: `vgg19`, `preresnet164`, `mobilenet_v2`."""
+    return str(arguments.get("name", f"{name}{arguments.get('depth', '')}"))

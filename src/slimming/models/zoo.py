@@ -1,0 +1,100 @@
+"""Any torchvision classification network, its first and last layers fitted to the data set."""
+
+import difflib
+import pathlib
+
+import torch
+from torch import nn
+
+from slimming.errors import ConfigError, check_number
+from slimming.models.init import check_head
+
+
+def torchvision(
+    name: str,
+    weights: str | None = None,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    gamma_init: float | None = None,
+) -> nn.Module:
+    """Build a torchvision classification model.
+
+    Args:
+        name: as in `torchvision.models`, e.g. `mobilenet_v2`.
+        weights: None, a torchvision weights name (`DEFAULT`, `IMAGENET1K_V2`), or the path of a state dict on disk.
+        gamma_init: sets every BatchNorm scale; None keeps torchvision's own (1, or what `weights` brings).
+
+    Raises:
+        ConfigError: unknown name or weights, or weights that cannot be had.
+    """
+    from torchvision import models
+
+    check_head(num_classes, in_channels)
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise ConfigError(f"model.name={name!r} is not a torchvision classification model; {hint}")
+    # These two warn unless told how to initialise; True is what they do today.
+    told = {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
+    model = models.get_model(name, weights=None, **told) if weights is None else _pretrained(models, name, weights)
+    _fit_head(model, num_classes)
+    _fit_stem(model, in_channels)
+    if gamma_init is not None:
+        check_number("model.gamma_init", gamma_init)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                nn.init.constant_(module.weight, gamma_init)
+    return model
+
+
+def _pretrained(models, name: str, weights: str) -> nn.Module:
+    known = [w.name for w in models.get_model_weights(name)]
+    path = pathlib.Path(weights)
+    if path.is_file():
+        model = models.get_model(name, weights=None)
+        try:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ConfigError(f"model.weights={weights} is not a state dict of {name}: {error}") from error
+        return model
+    if weights not in [*known, "DEFAULT"]:
+        raise ConfigError(f"model.weights={weights!r} is neither a file nor one of {', '.join([*known, 'DEFAULT'])}")
+    try:
+        return models.get_model(name, weights=weights)
+    except OSError as error:  # urllib's errors are OSErrors
+        url = models.get_model_weights(name)[weights].url
+        raise ConfigError(
+            f"model.weights={weights} could not be downloaded ({error}): fetch {url} elsewhere, "
+            f"put it into {torch.hub.get_dir()}/checkpoints and start again"
+        ) from error
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _fit_head(model: nn.Module, num_classes: int) -> None:
+    """Replace every classifier of 1000 classes: the head and, in GoogLeNet and Inception, the auxiliary heads."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer.out_features == 1000 != num_classes:
+            _replace(model, name, nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None))
+        elif isinstance(layer, nn.Conv2d) and layer.out_channels == 1000 != num_classes:  # SqueezeNet
+            _replace(model, name, nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size))
+
+
+def _fit_stem(model: nn.Module, in_channels: int) -> None:
+    name, stem = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if stem.in_channels == in_channels:
+        return
+    if getattr(model, "transform_input", False):
+        model.transform_input = False  # GoogLeNet and Inception with weights: arithmetic on three colours
+    new = nn.Conv2d(
+        in_channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
+    )
+    with torch.no_grad():  # the same response to a grey image as the colour network has
+        new.weight.copy_(stem.weight.sum(1, keepdim=True).div(in_channels).expand_as(new.weight))
+        if stem.bias is not None:
+            new.bias.copy_(stem.bias)
+    _replace(model, name, new)

@@ -1,0 +1,87 @@
+"""Figures of one run, drawn from its record alone. Colours differ in lightness, so that they survive a grey print."""
+
+from pathlib import Path
+
+import numpy as np
+
+DARK, MIDDLE = "#1b3a6b", "#e08214"
+
+
+def curves(history: list[dict], path: Path) -> None:
+    """Draw loss and accuracy over the epochs, training against held-out data."""
+    plt = _pyplot()
+    epochs = [row["epoch"] for row in history]
+    held = "val" if "val/acc" in history[-1] else "test"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, key, scale, title in ((left, "loss", 1, "cross-entropy"), (right, "acc", 100, "accuracy (%)")):
+        for split, colour, style in (("train", MIDDLE, "--"), (held, DARK, "-")):
+            values = [row.get(f"{split}/{key}", np.nan) * scale for row in history]
+            axis.plot(epochs, values, style, color=colour, marker="o", markersize=3, label=split)
+        axis.set(xlabel="epoch", ylabel=title)
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(loc="lower right")
+    last = history[-1]
+    note = f"{held} {last[f'{held}/acc']:.2%}" if f"{held}/acc" in last else f"train {last['train/acc']:.2%}"
+    figure.suptitle(f"after {len(history)} epochs: {note}", fontsize=11)
+    _save(figure, path)
+
+
+def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: float) -> None:
+    """Draw how the distribution of |gamma| moved: one column per epoch, shade = share of the gammas in a bin.
+
+    Args:
+        counts: [epoch][bin], epoch 0 being the start.
+        edges: of the bins, the first bin starting at 0.
+    """
+    plt = _pyplot()
+    share = np.array(counts, dtype=float).T  # (bins, epochs + 1)
+    share = 100 * share / share.sum(0).clip(1)
+    edges = np.array(edges)
+    used = np.flatnonzero(share.sum(1))
+    low, high = used[0], min(used[-1] + 1, len(edges) - 2)
+    log_edges = np.log10(edges[1:])
+    y = np.concatenate(([log_edges[0] - (log_edges[1] - log_edges[0])], log_edges))  # a place for the bin from 0
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    from matplotlib.colors import PowerNorm
+
+    colours = PowerNorm(0.4, 0, 100)  # a bin with 1% must be seen beside one with 100%
+    mesh = axis.pcolormesh(
+        np.arange(share.shape[1] + 1) - 0.5, y[low : high + 2], share[low : high + 1], cmap="Greys", norm=colours
+    )
+    share_curve = _quantiles(share / 100, y)
+    for q, line in share_curve.items():
+        axis.plot(np.arange(share.shape[1]), line, color=MIDDLE, linewidth=1.5 if q == 50 else 0.8)
+        axis.annotate(
+            f"{q}%", (share.shape[1] - 1, line[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    ticks = np.arange(np.ceil(y[low]), np.floor(y[high + 1]) + 1)
+    axis.set_yticks(ticks, [f"$10^{{{t:.0f}}}$" for t in ticks])
+    axis.set(xlabel="epoch (0: before training)", ylabel="|gamma|", xlim=(-0.5, share.shape[1] - 0.2))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(f"{int(sum(counts[-1])):,} BatchNorm scales, lambda {sparsity:g}; lines: quantiles", fontsize=11)
+    figure.colorbar(mesh, label="share of gammas (%)", ticks=[0, 1, 5, 20, 50, 100])
+    _save(figure, path)
+
+
+def _quantiles(share: np.ndarray, y: np.ndarray) -> dict[int, np.ndarray]:
+    """Read quantiles (per cent) off a histogram (bins, epochs), at the middle of their bin."""
+    cumulative = share.cumsum(0)
+    middle = (y[:-1] + y[1:]) / 2
+    return {q: middle[(cumulative < q / 100 - 1e-9).sum(0).clip(max=len(middle) - 1)] for q in (10, 50, 90)}
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+    _pyplot().close(figure)

@@ -1,0 +1,293 @@
+"""The stages: plain functions of a configuration and a folder. The only file that wires the rooms together."""
+
+import contextlib
+import json
+import logging
+import math
+import platform
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.errors import InstantiationException
+from torch import nn
+
+from slimming import checkpoint, models
+from slimming.channels.cost import cost
+from slimming.channels.penalty import near_zero_share, travel_budget
+from slimming.config import TrainConfig, plain
+from slimming.data import ImageData
+from slimming.errors import CheckpointError, ConfigError, SlimmingError
+from slimming.report import figures
+from slimming.training.module import SlimmingModule
+from slimming.training.progress import EpochLines
+from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder, write_text
+from slimming.training.schedules import lr_per_epoch, sgd_momentum
+
+RESULT = "result.json"
+FREE_ON_RESUME = {"resume", "logger", "callbacks"}  # what may differ between a run and its continuation
+FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size"}
+
+
+def train(cfg: TrainConfig, out: Path) -> float:
+    """Train with the gamma penalty; leave last.ckpt, result.json, metrics.csv, curves.png and gammas.png in `out`.
+
+    Returns:
+        The test accuracy of the last epoch, in [0, 1].
+
+    Raises:
+        SlimmingError: anything that the user can mend; result.json then says `failed`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "last.ckpt").exists() and not cfg.resume:
+        raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
+    result = {"format": 1, "status": "failed", "error": None, "stage": "train"}
+    result |= {"role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed, "parent": cfg.init_from}
+    result |= {"config": plain(cfg), "versions": _versions()}
+    started = time.monotonic()
+    try:
+        with _quiet():
+            result |= _train(cfg, out)
+        result["status"] = "finished"
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        result["error"] = "interrupted"
+        print(f"interrupted: go on with resume=true hydra.run.dir={out}", file=sys.stderr)
+        raise
+    except BaseException as error:
+        result["error"] = str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        result["wall_time_s"] = time.monotonic() - started
+        with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
+            write_text(out / RESULT, json.dumps(result, indent=1))
+    return result["metrics"].get("test/acc", math.nan)
+
+
+def _train(cfg: TrainConfig, out: Path) -> dict[str, Any]:
+    torch.manual_seed(cfg.seed)
+    data: ImageData = _build("data", cfg.data)
+    heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    model: nn.Module = _build("model", cfg.model, **heads)
+    example = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
+    costs = _try_model(model, example)
+    spec = _model_spec(cfg.model, heads)
+    name = models.label(**spec) if spec else cfg.model["_target_"].rpartition(".")[2]
+    if cfg.init_from:
+        checkpoint.load_weights(model, checkpoint.read(cfg.init_from), cfg.init_from)
+    if cfg.channels_last and example.ndim == 4:
+        model.to(memory_format=torch.channels_last)
+    factories = {k: _build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
+    try:
+        rates = lr_per_epoch(**factories, epochs=cfg.trainer["max_epochs"])
+        momentum = sgd_momentum(factories["optimizer"])
+    except Exception as error:
+        raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
+    record = {"format": checkpoint.FORMAT, "model": spec, "plans": [], "stage": "train", "config": plain(cfg)}
+    module = SlimmingModule(
+        model,
+        data.num_classes,
+        **factories,
+        sparsity=cfg.sparsity,
+        penalty_layers=cfg.penalty.layers,
+        decay_batchnorm=cfg.decay_batchnorm,
+        record=record,
+    )
+    if cfg.sparsity and not module.penalty.gammas:
+        raise ConfigError(
+            f"sparsity={cfg.sparsity:g}, but {name} has no BatchNorm with a trainable scale to penalise: "
+            "insert BatchNorm after its convolutions, or set sparsity=0"
+        )
+    recorder = Recorder(out)
+    extra = [_build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items()]
+    loggers = [_build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()]
+    trainer: pl.Trainer = _build(
+        "trainer",
+        cfg.trainer,
+        callbacks=[EpochLines(), recorder, *extra],
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(out),
+        use_distributed_sampler=False,  # the data modules share out the images themselves
+    )
+    start = _resume_point(cfg, out) if cfg.resume else None
+    data.prepare_data()
+    data.setup()
+    gammas = module.penalty.flat()
+    say = trainer.print
+    say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs")
+    say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are penalised, lambda {cfg.sparsity:g}")
+    say(f"  run directory: {out}")
+    steps = _steps_per_epoch(data, trainer)
+    _tell_budget(say, cfg.sparsity, sum(rates) * steps, momentum, gammas)
+    _tell_precision(say, trainer)
+    if start:
+        say(f"  resuming after epoch {start['epoch'] + 1} of {trainer.max_epochs}")
+    elif cfg.resume:
+        say("  nothing to resume in the run directory yet: starting from the beginning")
+    if cfg.compile:
+        module.model.compile()  # in place: the checkpoint's keys stay the network's own
+    trainer.fit(module, datamodule=data, ckpt_path=out / "last.ckpt" if start else None, weights_only=True)
+    metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
+    metrics["test/acc"] = float(trainer.test(module, datamodule=data, verbose=False)[0]["test/acc"])
+    best = f"; best.ckpt: epoch {recorder.best['epoch']}, val {recorder.best['val/acc']:.2%}" if recorder.best else ""
+    if recorder.best:
+        metrics |= {"val/acc_best": recorder.best["val/acc"], "best_epoch": recorder.best["epoch"]}
+    figures.curves(recorder.history, out / "curves.png")
+    gammas = module.penalty.flat()
+    if len(gammas):
+        figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", cfg.sparsity)
+    say(f"test accuracy {metrics['test/acc']:.2%} after epoch {trainer.max_epochs}{best}; ", end="")
+    say(f"{near_zero_share(gammas):.1%} of the gammas are below 1% of the largest")
+    return {
+        "model": name,
+        "data": type(data).__name__.lower(),
+        "metrics": metrics,
+        "cost": {"num_params": costs.num_params, "macs": costs.macs},
+        "history": recorder.history,
+        "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
+        "size_bytes": sum(v.numel() * v.element_size() for v in module.model.state_dict().values()),
+        "n_test": len(data.splits["test"]),
+    }
+
+
+def _build(key: str, node: dict, **more) -> Any:
+    """Instantiate a config group; whatever its constructor objects to becomes a ConfigError that names the group."""
+    if not node.get("_target_"):
+        raise ConfigError(f"{key} has no _target_: choose one of configs/{key}/, got {node}")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **more)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SlimmingError):
+            raise cause from None
+        raise ConfigError(f"{key}: {' '.join(str(cause).split())}") from error
+    except Exception as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def _model_spec(node: dict, heads: dict[str, int]) -> dict | None:
+    """Return {name, arguments} of a registered model, None for another class."""
+    name = node["_target_"].removeprefix("slimming.models.")
+    if name not in models.REGISTRY:
+        return None
+    return {"name": name, "arguments": {k: v for k, v in node.items() if not k.startswith("_")} | heads}
+
+
+def _try_model(model: nn.Module, example: torch.Tensor):
+    try:
+        return cost(model, example)
+    except Exception as error:
+        shape = "x".join(map(str, example.shape[1:]))
+        raise ConfigError(
+            f"the network cannot process images of {shape}: {' '.join(str(error).split())[:200]}; "
+            "set data.image_size where the data set has it, or choose another model"
+        ) from error
+
+
+def _resume_point(cfg: TrainConfig, out: Path) -> dict | None:
+    """Return the checkpoint to go on from, None if there is none yet.
+
+    Raises:
+        CheckpointError: unreadable, or of a run with another configuration.
+    """
+    path = out / "last.ckpt"
+    if not path.exists():
+        return None
+    content = checkpoint.read(path)
+    before, now = (_comparable(c) for c in (content["slimming"]["config"], plain(cfg)))
+    if differences := [
+        f"{k} was {before.get(k)}, is {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)
+    ]:
+        raise CheckpointError(
+            f"{out} holds a run with another configuration: {'; '.join(differences)}. "
+            "Give the same values to resume it, or start another run with init_from"
+        )
+    return content
+
+
+def _comparable(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Flatten a configuration to dotted keys, without what a continuation may change."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if (key in FREE_ON_RESUME and not prefix) or (key in FREE_IN_DATA and prefix == "data."):
+            continue
+        flat |= _comparable(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _steps_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:
+    """Count optimizer steps of an epoch over all devices."""
+    batches = math.ceil(len(data.splits["train"]) / data.batch_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def _tell_budget(say, sparsity: float, lr_sum: float, momentum: float | None, gammas: torch.Tensor) -> None:
+    if not sparsity:
+        return
+    if momentum is None:
+        say("  travel budget: known for SGD only, it does not apply to this optimizer")
+        return
+    budget, start = travel_budget(sparsity, lr_sum, momentum), float(gammas.median())
+    say(f"  travel budget: the penalty alone can move a gamma by {budget:.3g}; they start at {start:.3g} (median)")
+    if budget < start:
+        say(f"  WARNING: {budget:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
+        say(f"  Train longer, or raise sparsity to {sparsity * start / budget:.1e} or more")
+
+
+def _tell_precision(say, trainer: pl.Trainer) -> None:
+    if trainer.precision != "32-true":
+        return
+    if trainer.strategy.root_device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16"))
+    if native:
+        say("  hint: this machine has native bf16; trainer.precision=bf16-mixed would be faster")
+
+
+def _versions() -> dict[str, str]:
+    names = ("slimming", "torch", "torchvision", "lightning")
+    return {n: version(n) for n in names} | {"python": platform.python_version(), "machine": _machine()}
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep Lightning's notes on itself and on settings that are meant so off the screen."""
+    logs = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning", "matplotlib")]
+    levels = [log.level for log in logs]
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # batches come from memory
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*LightningModule.*checkpoint.*",
+            "Checkpoint directory .* exists.*",
+            ".*logging interval.*",
+            ".*lr_scheduler.step.*before.*optimizer.step.*",  # GradScaler skipped the first step
+        ):
+            warnings.filterwarnings("ignore", message)
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)

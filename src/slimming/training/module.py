@@ -1,0 +1,170 @@
+"""The LightningModule of every training: cross-entropy, the gamma penalty, accuracy."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.classification import MulticlassAccuracy
+
+from slimming.channels.penalty import Penalty, batchnorm_gammas
+from slimming.errors import TrainingError
+
+AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}  # of each auxiliary head's loss in their papers
+CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
+
+
+class SlimmingModule(LightningModule):
+    """Trains `model` on cross-entropy + sparsity * sum |gamma|.
+
+    The penalty never enters the loss: its gradient is added in `on_after_backward`, which equals autograd of the
+    penalised loss under gradient accumulation, GradScaler and DDP.
+
+    Args:
+        model: (N, C, H, W) -> (N, num_classes) logits, or a named tuple with auxiliary logits in train mode.
+        num_classes: for the accuracy.
+        optimizer: parameter groups -> optimizer.
+        scheduler: optimizer -> learning-rate schedule, stepped once per epoch; None for a constant rate.
+        sparsity: lambda, >= 0.
+        penalty_layers: patterns of the BatchNorm layers that are penalised; None: all with a trainable scale.
+        decay_batchnorm: whether weight decay also acts on gamma and beta.
+        record: plain data for the checkpoint's "slimming" entry.
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        sparsity: float = 0.0,
+        penalty_layers: Iterable[str] | None = None,
+        decay_batchnorm: bool = True,
+        record: dict | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.penalty = Penalty(batchnorm_gammas(model, penalty_layers), sparsity)
+        self.optimizer, self.scheduler, self.decay_batchnorm = optimizer, scheduler, decay_batchnorm
+        self.record = record
+        # Not synchronised by themselves: the progress bar asks on rank 0 alone, and _report adds the ranks up.
+        accuracy = {"num_classes": num_classes, "average": "micro", "validate_args": False, "sync_on_compute": False}
+        self.accuracy = nn.ModuleDict({f"{s}_acc": MulticlassAccuracy(**accuracy) for s in ("train", "val", "test")})
+        self._loss_sum: dict[str, torch.Tensor | float] = {}
+        self._count: dict[str, int] = {}
+        self._bad_step: torch.Tensor | None = None  # first step whose loss was not finite, -1 for none
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        output = self.model(images)
+        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+        loss = F.cross_entropy(logits, labels)
+        if auxiliary:
+            weight = AUXILIARY_WEIGHT.get(type(output).__name__, 0.3)
+            loss = loss + weight * sum(F.cross_entropy(a, labels) for a in auxiliary if a is not None)
+        self._account("train", loss.detach(), logits.detach(), labels)
+        self._watch(loss.detach(), batch_idx)
+        return loss
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        self._evaluate("val" if "val" in self.trainer.datamodule.splits else "test", batch)
+
+    def test_step(self, batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_after_backward(self) -> None:
+        factor: float | torch.Tensor = 1 / self.trainer.accumulate_grad_batches  # as Lightning scales the loss
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # gradients are still multiplied by the loss scale here
+            factor = scaler.scale(torch.full((), factor, device=self.device))
+        self.penalty.add_gradient(factor)
+
+    def on_train_epoch_start(self) -> None:
+        self._reset("train")
+        self._bad_step = None
+        if hasattr(self.trainer.datamodule, "seed_epoch"):
+            self.trainer.datamodule.seed_epoch(self.current_epoch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset("val")
+        self._reset("test")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        for split in ("val", "test"):
+            if self._count.get(split):
+                self._report(split)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_train_epoch_end(self) -> None:
+        self.check_finite()
+        self._report("train")
+        self.log("train/penalty", self.penalty.value(), sync_dist=True)
+
+    def configure_optimizers(self):
+        norm, rest = [], []
+        for module in self.model.modules():
+            kind = norm if isinstance(module, nn.modules.batchnorm._BatchNorm) and not self.decay_batchnorm else rest
+            kind += [p for p in module.parameters(recurse=False) if p.requires_grad]
+        groups = [{"params": list(dict.fromkeys(rest))}]
+        if norm:
+            groups.append({"params": list(dict.fromkeys(norm)), "weight_decay": 0.0})
+        optimizer = self.optimizer(groups)
+        return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.record is not None:
+            metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+            checkpoint["slimming"] = self.record | {"data": self.trainer.datamodule.statistics(), "metrics": metrics}
+
+    def check_finite(self) -> None:
+        """Raise TrainingError if a loss of this epoch, or a weight, is not finite; waits for the device."""
+        advice = "lower optimizer.lr or sparsity, or use a wider trainer.precision; last.ckpt is the last good epoch"
+        if self._bad_step is not None and (step := int(self._bad_step)) >= 0:
+            raise TrainingError(
+                f"the loss became NaN or infinite in epoch {self.current_epoch + 1}, step {step}: {advice}"
+            )
+        weights = [p for p in self.parameters() if p.is_floating_point()]
+        if not bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
+            raise TrainingError(f"a weight became NaN or infinite in epoch {self.current_epoch + 1}: {advice}")
+
+    def _watch(self, loss: torch.Tensor, step: int) -> None:
+        if self._bad_step is None:
+            self._bad_step = torch.full((), -1, device=loss.device)
+        self._bad_step = torch.where(loss.isfinite() | (self._bad_step >= 0), self._bad_step, step)
+        if step % CHECK_EVERY == CHECK_EVERY - 1:
+            self.check_finite()
+
+    def _evaluate(self, split: str, batch) -> None:
+        images, labels = batch
+        logits = self.model(images)
+        self._account(split, F.cross_entropy(logits, labels), logits, labels)
+
+    def _account(self, split: str, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.accuracy[f"{split}_acc"].update(logits, labels)
+        self._loss_sum[split] = self._loss_sum[split] + loss * len(labels)
+        self._count[split] += len(labels)
+
+    def _reset(self, split: str) -> None:
+        self.accuracy[f"{split}_acc"].reset()
+        self._loss_sum[split], self._count[split] = 0.0, 0
+
+    def _report(self, split: str) -> None:
+        """Log the loss and accuracy of an epoch over all ranks."""
+        count = torch.tensor(float(self._count[split]), device=self.device)
+        correct = (self.accuracy[f"{split}_acc"].compute() * count).round()
+        sums = torch.stack((self._loss_sum[split].float(), correct, count))
+        loss, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.log(f"{split}/loss", loss / count, sync_dist=True)  # equal on all ranks already; this says so
+        self.log(f"{split}/acc", correct / count, sync_dist=True)

@@ -1,0 +1,81 @@
+"""What one sees while it trains: a bar for the running epoch, a line for each finished one."""
+
+import time
+
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+REFRESH_EVERY = 25  # steps; each refresh waits for the device
+HEAD = (
+    f"{'epoch':>9} {'loss':>8} {'penalty':>8} {'train':>7} {{}} {'lr':>8} {'images/s':>9} {'gamma<1%':>9} {'time':>7}"
+)
+
+
+class EpochLines(ProgressBar):
+    """One Rich bar with the running loss, penalty, accuracy and images/s; one line per epoch, also in a log file."""
+
+    def __init__(self):
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_fit_start(self, trainer, module) -> None:
+        if self._enabled:
+            score = "val" if "val" in trainer.datamodule.splits else "test"
+            self._console.print(HEAD.format(f"{score:>7}"), style="bold")
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if not (self._enabled and self._console.is_terminal):
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._task = self._bar.add_task(title, total=trainer.num_training_batches, state="")
+        self._bar.start()
+        self._started, self._seen = time.monotonic(), 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self._bar is None:
+            return
+        self._seen += len(batch[1]) * trainer.world_size
+        if batch_idx % REFRESH_EVERY == 0:
+            state = (
+                f"loss {float(outputs['loss']):.3f}  penalty {float(module.penalty.value()):.3f}  "
+                f"train {float(module.accuracy['train_acc'].compute()):6.1%}  "
+                f"{self._seen / (time.monotonic() - self._started):.0f} images/s"
+            )
+            self._bar.update(self._task, completed=batch_idx + 1, state=state)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self._stop()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._stop()
+
+    def show(self, row: dict, max_epochs: int) -> None:
+        """Print the line of a finished epoch; `row` as in the history."""
+        if self._enabled:
+            score = row.get("val/acc", row.get("test/acc"))
+            self._console.print(
+                f"{row['epoch']:>5}/{max_epochs:<3} {row['train/loss']:8.4f} {row['train/penalty']:8.4f} "
+                f"{row['train/acc']:7.2%} {'-' if score is None else format(score, '7.2%'):>7} {row['lr']:8.2g} "
+                f"{row['images_per_s']:9.0f} {row['gamma_near_zero']:9.1%} {row['time_s']:6.1f}s"
+            )
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

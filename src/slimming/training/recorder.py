@@ -1,0 +1,107 @@
+"""What a training leaves behind after every epoch: last.ckpt, metrics.csv, the history."""
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from slimming import checkpoint
+from slimming.channels.penalty import near_zero_share
+from slimming.training.progress import EpochLines
+
+BINS = torch.cat((torch.zeros(1), torch.logspace(-6, 1, 57)))  # |gamma|: eight bins per decade, the first from 0
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all (Lightning's own goes through the system's temporary folder)."""
+
+    def save_checkpoint(self, checkpoint_: dict, path, storage_options=None) -> None:
+        checkpoint.save(checkpoint_, path)
+
+
+class Recorder(Checkpoint):
+    """Closes every epoch: history, gamma histogram, metrics.csv, last.ckpt, best.ckpt where there is validation data.
+
+    Runs after all other callbacks and the module (Lightning calls checkpoint callbacks last), so it sees their metrics.
+
+    Attributes:
+        history: one dict per epoch: epoch, train/loss, train/penalty, train/acc, test/... or val/..., lr,
+            images_per_s, time_s, gamma_near_zero (share of gammas below 1% of the largest).
+        gammas: counts of |gamma| per bin of BINS, first at the start, then after every epoch.
+        best: {epoch, val/acc} of the best epoch, where there is a validation split.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.history: list[dict] = []
+        self.gammas: list[list[int]] = []
+        self.best: dict | None = None
+
+    def on_train_start(self, trainer, module) -> None:
+        if not self.gammas:
+            self.gammas.append(_histogram(module.penalty.flat()))
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        self._start, self._images, self._training_s = time.monotonic(), 0, None
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end it is the next epoch's
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self._images += len(batch[1]) * trainer.world_size
+        if trainer.is_last_batch:
+            self._training_s = time.monotonic() - self._start
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        gammas = module.penalty.flat()
+        elapsed = time.monotonic() - self._start
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch + 1} | metrics
+        row["lr"] = self._lr
+        row["gamma_near_zero"] = near_zero_share(gammas)
+        row["images_per_s"] = self._images / (self._training_s or elapsed)
+        row["time_s"] = elapsed
+        self.history.append(row)
+        self.gammas.append(_histogram(gammas))
+        for logger in trainer.loggers:
+            add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if add and len(gammas):
+                add("gamma", gammas, row["epoch"])
+        better = "val/acc" in row and (self.best is None or row["val/acc"] > self.best["val/acc"])
+        if better:
+            self.best = {"epoch": row["epoch"], "val/acc": row["val/acc"]}
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if better:
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        if trainer.is_global_zero:
+            _write_csv(self.folder / "metrics.csv", self.history)
+            if isinstance(trainer.progress_bar_callback, EpochLines):
+                trainer.progress_bar_callback.show(row, trainer.max_epochs)
+
+    def state_dict(self) -> dict:
+        return {"history": self.history, "gammas": self.gammas, "best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history, self.gammas, self.best = state["history"], state["gammas"], state["best"]
+
+
+def _histogram(gammas: torch.Tensor) -> list[int]:
+    return torch.histogram(gammas.clamp(0, float(BINS[-1])), BINS).hist.long().tolist()
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,76 @@
+"""What the command line accepts, and what every shipped YAML file composes to."""
+
+import inspect
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object
+
+from conftest import ROOT, compose_config
+from slimming.errors import ConfigError
+
+CONFIGS = ROOT / "configs"
+GROUPS = ("model", "data", "optimizer", "scheduler", "trainer")
+FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment"))[:-5] for p in (CONFIGS / "experiment").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_group_file_fits_the_signature_of_its_target(group, name):
+    node = getattr(compose_config(f"{group}={name}"), group)
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    known = set(parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for base in get_object(node["_target_"]).__mro__:
+            known |= set(inspect.signature(base.__init__).parameters)
+    assert {k for k in node if k not in ("_target_", "_partial_")} <= known
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_overrides_the_defaults(name):
+    default, cfg = compose_config(), compose_config(f"experiment={name}")
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    expected = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("sparsity:")]
+    assert [float(e) for e in expected] == [cfg.sparsity]
+    assert (cfg.model, cfg.data, cfg.sparsity, cfg.trainer) != (
+        default.model,
+        default.data,
+        default.sparsity,
+        default.trainer,
+    ) or name == "paper/vgg19_cifar10"
+
+
+def test_the_command_line_overrides_an_experiment():
+    assert compose_config("experiment=demo", "sparsity=0.5").sparsity == 0.5
+
+
+def test_the_default_is_the_papers_recipe():
+    cfg = compose_config()
+    assert (cfg.model["depth"], cfg.sparsity, cfg.data["batch_size"], cfg.trainer["max_epochs"]) == (19, 1e-4, 64, 160)
+    sgd, schedule = cfg.optimizer, cfg.scheduler
+    assert (sgd["lr"], sgd["momentum"], sgd["weight_decay"]) == (0.1, 0.9, 1e-4)
+    assert (schedule["milestones"], schedule["gamma"], schedule["max_epochs"]) == ([0.5, 0.75], 0.1, 160)
+
+
+@pytest.mark.parametrize(
+    "override", ["sparsty=1", "trainer.device=2", "sparsity=high", "model=vgg12", "data=imagenet21k", "model.widht=2"]
+)
+def test_what_does_not_exist_is_refused_at_composition(override):
+    with pytest.raises(ConfigCompositionException):
+        compose_config(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sparsity=-1"], "sparsity must be a number >= 0, got -1.0"),
+        (["sparsity=nan"], "sparsity .* got nan"),
+        (["seed=-3"], "seed .* got -3"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs .* got 0"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs .* got None"),
+        (["resume=true", "init_from=a.ckpt"], "exclude each other"),
+    ],
+)
+def test_values_out_of_range_are_named(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        compose_config(*overrides)

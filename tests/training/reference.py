@@ -1,0 +1,73 @@
+"""The penalty inside the loss: the reference that every setting of the Trainer is compared with."""
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from slimming.data import Digits
+from slimming.training.module import SlimmingModule
+
+SPARSITY = 0.05
+
+
+class Net(nn.Module):
+    """Two BatchNorms that are used, one whose gamma gets no gradient, one gamma that is exactly 0."""
+
+    def __init__(self, unused: bool = True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5)
+        self.fc = nn.Linear(5, 10)
+        if unused:
+            self.unused = nn.BatchNorm2d(3)
+        with torch.no_grad():
+            self.bn1.weight.uniform_(-1, 1)[2] = 0.0
+            self.bn2.weight.uniform_(-1, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+class InLoss(SlimmingModule):
+    """Autograd of loss + sparsity * sum |gamma|."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.penalty.sparsity * sum(g.abs().sum() for g in self.penalty.gammas.values())
+
+    def on_after_backward(self):
+        pass
+
+
+def fit(
+    kind: type[SlimmingModule],
+    *,
+    steps: int = 7,
+    scaler: torch.amp.GradScaler | None = None,
+    unused: bool = True,
+    **kwargs,
+) -> SlimmingModule:
+    """Train one epoch of `steps` batches; `scaler` asks for fp16 autocast with it."""
+    torch.manual_seed(0)
+    model = Net(unused)
+    if kwargs.pop("compile", False):
+        model.compile()
+    module = kind(model, 10, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-3), sparsity=SPARSITY)
+    if scaler is not None:
+        kwargs["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=steps,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **({"devices": 1} | kwargs),
+    )
+    trainer.fit(module, datamodule=Digits(image_size=8, batch_size=32))
+    return module
