@@ -34,6 +34,8 @@ class Noise(ImageData):
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
     def setup(self, stage=None):
+        if self.splits:
+            return
         n = 64 * 400
         self.splits = {
             "train": TensorImages(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10)

@@ -19,10 +19,10 @@ from slimming.errors import CheckpointError
 ARGUMENTS = {"widths": [4, "M", 6], "num_classes": 3}
 
 
-def content(model=None, **record):
-    model = model or models.vgg(**ARGUMENTS)
+def content(network=None, **record):
+    network = network or models.vgg(**ARGUMENTS)
     base = {"format": checkpoint.FORMAT, "model": {"name": "vgg", "arguments": ARGUMENTS}, "plans": []}
-    return {"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "slimming": base | record}
+    return {"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}, "slimming": base | record}
 
 
 @pytest.fixture

@@ -104,6 +104,8 @@ def test_the_same_command_gives_the_same_weights(small, tmp_path):
         [
             "model=torchvision",
             "model.name=mobilenet_v2",
+            "optimizer.lr=0.01",
+            "data.image_size=32",  # bf16 depthwise gradients of 1x1 images are sometimes NaN in torch itself
             "trainer.accumulate_grad_batches=3",
             "trainer.precision=bf16-mixed",
         ],
@@ -209,7 +211,11 @@ def test_a_full_disk_keeps_the_last_good_epoch(small, tmp_path, monkeypatch):
         (["model.widths=[4,N]"], ConfigError, "model.widths"),
         (["model=torchvision", "model.name=resnet17"], ConfigError, "did you mean"),
         (["model=vgg19", "data.image_size=8"], ConfigError, "cannot process images of 1x8x8"),
-        (["model=torchvision", "model.name=vgg11"], ConfigError, "no BatchNorm with a trainable scale"),
+        (
+            ["model=torchvision", "model.name=squeezenet1_0", "data.image_size=32"],
+            ConfigError,
+            "no BatchNorm with a trainable scale",
+        ),
         (["penalty.layers=[layer1.*]"], ConfigError, "penalty.layers"),
         (["data=image_folder"], DataError, "data.root must name a folder"),
         (["data=image_folder", "data.root=nowhere"], DataError, "nowhere/train is not there"),
@@ -252,8 +258,17 @@ def test_switches_run(setting, small, tmp_path):
     assert 0 <= stages.train(small(*setting), tmp_path) <= 1
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
 def run(*arguments, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *arguments,
+        *[o for o in SMALL if _key(o) not in map(_key, arguments)],
+    ]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 

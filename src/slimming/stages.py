@@ -47,13 +47,14 @@ def train(cfg: TrainConfig, out: Path) -> float:
     out.mkdir(parents=True, exist_ok=True)
     if (out / "last.ckpt").exists() and not cfg.resume:
         raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
+    start = _resume_point(cfg, out) if cfg.resume else None
     result = {"format": 1, "status": "failed", "error": None, "stage": "train"}
     result |= {"role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed, "parent": cfg.init_from}
     result |= {"config": plain(cfg), "versions": _versions()}
     started = time.monotonic()
     try:
         with _quiet():
-            result |= _train(cfg, out)
+            result |= _train(cfg, out, start)
         result["status"] = "finished"
     except SystemExit:  # Lightning's answer to Ctrl-C
         result["error"] = "interrupted"
@@ -69,7 +70,7 @@ def train(cfg: TrainConfig, out: Path) -> float:
     return result["metrics"].get("test/acc", math.nan)
 
 
-def _train(cfg: TrainConfig, out: Path) -> dict[str, Any]:
+def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     data: ImageData = _build("data", cfg.data)
     heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -104,18 +105,18 @@ def _train(cfg: TrainConfig, out: Path) -> dict[str, Any]:
             "insert BatchNorm after its convolutions, or set sparsity=0"
         )
     recorder = Recorder(out)
+    lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
     extra = [_build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items()]
     loggers = [_build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()]
     trainer: pl.Trainer = _build(
         "trainer",
         cfg.trainer,
-        callbacks=[EpochLines(), recorder, *extra],
+        callbacks=[*lines, recorder, *extra],
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(out),
         use_distributed_sampler=False,  # the data modules share out the images themselves
     )
-    start = _resume_point(cfg, out) if cfg.resume else None
     data.prepare_data()
     data.setup()
     gammas = module.penalty.flat()

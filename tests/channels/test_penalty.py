@@ -78,4 +78,4 @@ def test_travel_budget_is_how_far_sgd_moves_an_ignored_gamma():
         optimizer.zero_grad()
         penalty.add_gradient()
         optimizer.step()
-    assert 100 - float(gamma) == pytest.approx(travel_budget(0.01, 0.1 * 2000, 0.9), rel=0.01)
+    assert 100 - float(gamma.detach()) == pytest.approx(travel_budget(0.01, 0.1 * 2000, 0.9), rel=0.01)

@@ -115,12 +115,14 @@ def _with_batchnorm() -> list[str]:
     return [n for n in zoo.list_models(module=zoo) if not WITHOUT_BATCHNORM.match(n)]
 
 
-def test_every_torchvision_network_with_batchnorm_takes_the_heads_of_the_data():
+def test_every_torchvision_network_with_batchnorm_takes_the_heads_of_the_data(monkeypatch):
+    for name in dir(nn.init):
+        if name.endswith("_") and not name.startswith("_"):  # untouched memory costs nothing, even 645M parameters
+            monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     names = _with_batchnorm()
     assert len(names) == 58
     for name in names:
-        with torch.device("cpu" if name == "maxvit_t" else "meta"):  # MaxViT reads values while it is built
-            model = models.build("torchvision", name=name, num_classes=7, in_channels=1)
+        model = models.build("torchvision", name=name, num_classes=7, in_channels=1)
         assert batchnorm_gammas(model), name
         outputs = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
         assert 1000 not in outputs and 7 in outputs, name

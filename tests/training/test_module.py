@@ -13,6 +13,17 @@ from slimming.training.module import SlimmingModule
 from slimming.training.schedules import lr_per_epoch, multistep, sgd_momentum
 
 
+class Fixed(nn.Module):
+    """Answers every batch with the same output."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, images):
+        return self.output
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
@@ -34,8 +45,7 @@ def test_auxiliary_heads_have_their_papers_weight(name, weight, heads):
     from torchvision import models as zoo
 
     output = getattr(zoo, kind)(*outputs)
-    module = SlimmingModule(nn.Identity(), 10, sgd)
-    module.model = lambda images: output
+    module = SlimmingModule(Fixed(output), 10, sgd)
     module._reset("train")
     labels = torch.arange(4)
     loss = module.training_step((torch.zeros(4), labels), 0)

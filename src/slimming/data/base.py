@@ -109,6 +109,7 @@ class ImageData(LightningDataModule):
             drop_last=lonely,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every new iterator draws from the generator of the augmentation
         )
 
     def seed_epoch(self, epoch: int) -> None:
