@@ -40,3 +40,11 @@ def check_choice(key: str, value, allowed) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+class GraphError(SlimmingError):
+    """A network cannot be watched, or nothing in it can be pruned."""
+
+
+class PlanError(SlimmingError):
+    """A pruning plan is not valid, or not for this network."""

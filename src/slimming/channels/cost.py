@@ -42,15 +42,16 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        operands = [a for a in args if isinstance(a, torch.Tensor)]
-        count = _macs(func._overloadpacket, args, operands, out)
-        if count:
+        if count := macs_of(func, args, out):
+            operands = [a for a in args if isinstance(a, torch.Tensor)]
             name = next((self.names[a.data_ptr()] for a in operands if a.data_ptr() in self.names), "")
             self.layers[name] = self.layers.get(name, 0) + count
         return out
 
 
-def _macs(packet, args, operands, out) -> int:
+def macs_of(func, args: tuple, out) -> int:
+    """Return the multiply-accumulates of one operator call, 0 for what does not multiply."""
+    packet, operands = func._overloadpacket, [a for a in args if isinstance(a, torch.Tensor)]
     if packet in _CONVOLUTIONS:
         data, weight = operands[:2]
         transposed = (packet is aten.convolution and args[6]) or packet in _TRANSPOSED
