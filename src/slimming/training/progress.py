@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-REFRESH_EVERY = 25  # steps; each refresh waits for the device
+REFRESH_EVERY_S = 0.5  # each refresh waits for the device
 HEAD = (
     f"{'epoch':>9} {'loss':>8} {'penalty':>8} {'train':>7} {{}} {'lr':>8} {'images/s':>9} {'gamma<1%':>9} {'time':>7}"
 )
@@ -45,13 +45,14 @@ class EpochLines(ProgressBar):
         title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._task = self._bar.add_task(title, total=trainer.num_training_batches, state="")
         self._bar.start()
-        self._started, self._seen = time.monotonic(), 0
+        self._started, self._shown, self._seen = time.monotonic(), 0.0, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if self._bar is None:
             return
         self._seen += len(batch[1]) * trainer.world_size
-        if batch_idx % REFRESH_EVERY == 0:
+        if time.monotonic() - self._shown > REFRESH_EVERY_S:
+            self._shown = time.monotonic()
             state = (
                 f"loss {float(outputs['loss']):.3f}  penalty {float(module.penalty.value()):.3f}  "
                 f"train {float(module.accuracy['train_acc'].compute()):6.1%}  "

@@ -19,7 +19,7 @@ def multistep(
     for share in milestones:
         check_number("each entry of scheduler.milestones", share, 0, 1)
     check_number("scheduler.gamma", gamma, 0)
-    return MultiStepLR(optimizer, [round(share * max_epochs) for share in milestones], gamma)
+    return MultiStepLR(optimizer, [max(1, round(share * max_epochs)) for share in milestones], gamma)
 
 
 def lr_per_epoch(
