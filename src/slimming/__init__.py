@@ -7,11 +7,22 @@ Lightning, Hydra or matplotlib.
 import importlib
 
 _HOME = {
+    "Budget": "channels.criteria",
+    "GlobalRatio": "channels.criteria",
+    "OptimalThreshold": "channels.criteria",
     "Penalty": "channels.penalty",
+    "PerLayerRatio": "channels.criteria",
+    "PruningPlan": "channels.plan",
     "SlimmingError": "errors",
     "SlimmingModule": "training.module",
+    "Threshold": "channels.criteria",
+    "calibrate": "channels.calibrate",
     "cost": "channels.cost",
     "load": "checkpoint",
+    "mask": "channels.surgery",
+    "prune": "channels.surgery",
+    "prune_optimizer_state": "channels.surgery",
+    "trace": "channels.graph",
 }
 __all__ = sorted(_HOME)
 

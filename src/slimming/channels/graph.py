@@ -1,0 +1,530 @@
+"""The channel graph of a network: what is tied to what, and what must stay when some gammas go.
+
+`trace` watches one forward pass and gives a ChannelGraph. `ChannelGraph.plan` lets a criterion choose gammas, then finds
+everything that can go with them:
+
+1. zero: atoms whose writers are all pruned BatchNorm channels carry zero, and their readers can drop them;
+2. live: backwards to a fixed point, an atom lives if a live reader needs it;
+3. everything that does not live goes; channels come back until no layer has an empty side.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.channels import watch as watching
+from slimming.channels.copying import light_copy
+from slimming.channels.criteria import Budget, Choice, Criterion
+from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint, input_spec
+from slimming.channels.tape import FROZEN, Tape, Use
+from slimming.errors import GraphError, check_choice, check_number
+
+
+@dataclass
+class Norm:
+    """A BatchNorm with scales: its place among all gammas."""
+
+    name: str
+    module: nn.modules.batchnorm._BatchNorm
+    start: int
+    use: Use
+    trainable: bool
+
+    @property
+    def all(self) -> slice:
+        return slice(self.start, self.start + self.module.num_features)
+
+
+@dataclass
+class Solution:
+    """What stays: `live` per class of atoms, `kept` per gamma (chosen and needed)."""
+
+    live: Tensor
+    kept: Tensor
+
+
+def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bool = False) -> "ChannelGraph":
+    """Watch the model run on an example input, in eval and in train mode; the model is not changed.
+
+    Args:
+        model: any network that runs.
+        example: a tensor, a tuple of arguments or a dict of keyword arguments, on the model's device; batch size 1 works.
+        train_input: another input for train mode, for networks that want targets there.
+        strict: raise instead of freezing what is not understood.
+
+    Raises:
+        GraphError: the model fails on the example, lies on another device, or (strict) holds an operator without a rule.
+    """
+    watching.check_device(model, example)
+    tape, reason = Tape(), ""
+    copied = light_copy(model)
+    try:
+        log = watching.watch(tape, copied.eval(), example)
+    except Exception as error:
+        raise GraphError(f"the network fails on the example input: {type(error).__name__}: {error}") from error
+    evaluated = len(tape.uses)
+    marks = (tape.count, *(len(entries) for entries in (tape.ties, tape.frozen, tape.doubtful, tape.zeros)))
+    macs = tape.other_macs
+    try:
+        watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
+        watching.watch(tape, copied, example if train_input is None else train_input, like=log)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        tape.count = marks[0]
+        for entries, mark in zip((tape.ties, tape.frozen, tape.doubtful, tape.zeros), marks[1:], strict=True):
+            del entries[mark:]
+        del tape.uses[evaluated:]
+    tape.other_macs = macs
+    graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
+    if strict and (graph.unknown or reason):
+        what = graph.unknown[0] if graph.unknown else f"train mode fails ({reason}): give train_input"
+        raise GraphError(f"strict: not everything is understood: {what}")
+    if tape.doubtful:
+        _settle_doubts(graph, tape, example)
+    return graph
+
+
+def _settle_doubts(graph: "ChannelGraph", tape: Tape, example: Any) -> None:
+    """Prune half of everything for a rehearsal; if that network does not run or differs, freeze the doubtful sizes."""
+    from slimming.channels.criteria import GlobalRatio
+    from slimming.channels.surgery import prune
+
+    try:
+        prune(graph.model, graph.plan(GlobalRatio(0.5), ties="apart", score="random"), verify=True)
+    except GraphError:
+        return  # nothing to prune: no doubt to settle
+    except Exception:
+        for atoms, reason in tape.doubtful:
+            tape.freeze(atoms, reason)
+        graph.__init__(graph.model, tape, graph.evaluated, graph.spec, graph.train_reason)
+
+
+class ChannelGraph:
+    """Atoms, ties and layers of a network; see the module's docstring.
+
+    Attributes:
+        model: the network.
+        unknown: what was frozen because it is not understood, with the reason.
+        candidates: by `ties`, which gammas may be chosen.
+    """
+
+    def __init__(self, model: nn.Module, tape: Tape, evaluated: int, spec: Any, train_reason: str):
+        self.model, self.tape, self.evaluated, self.spec, self.train_reason = model, tape, evaluated, spec, train_reason
+        self.place = _components(tape.count, tape.ties)
+        self.frozen = torch.zeros(tape.count, dtype=torch.bool)
+        self.frozen[self.place[FROZEN]] = True
+        for atoms, _ in tape.frozen:
+            self.frozen[self.place[atoms]] = True
+        reasons = dict.fromkeys(reason for _, reason in tape.frozen if reason != "network output")
+        self.unknown = list(reasons)
+        self.layers: dict[str, Use] = {}
+        for use in tape.uses:
+            self.layers.setdefault(use.name, use)
+        self.norms = self._find_norms()
+        self.count = sum(n.module.num_features for n in self.norms.values())
+        self._reads = [self.place[use.read] for use in tape.uses]
+        self._writes = [self.place[use.write] for use in tape.uses]
+
+    def _find_norms(self) -> dict[str, Norm]:
+        norms, start = {}, 0
+        for name, use in self.layers.items():
+            module = self.model.get_submodule(name) if use.kind == "norm" else None
+            if module is not None and module.weight is not None and module.bias is not None:
+                norms[name] = Norm(name, module, start, use, module.weight.requires_grad)
+                start += module.num_features
+        return norms
+
+    # --- what goes ----------------------------------------------------------------------------------------------------
+
+    def zero_atoms(self, kept: Tensor) -> Tensor:
+        """Return which atoms carry zero when the gammas outside `kept` (all gammas,) bool are pruned."""
+        zero = torch.zeros(self.tape.count, dtype=torch.bool)
+        for event in self.tape.zeros:
+            if event.when == "always":
+                zero[event.out] = True
+            elif event.when == "gamma":
+                zero[event.out] = ~kept[self.norms[event.layer].all]
+            else:
+                rows = zero[event.operands]
+                zero[event.out] = rows.all(0) if event.when == "all" else rows.any(0)
+        return zero
+
+    def solve(self, kept: Tensor, forced: Tensor) -> Solution:
+        """Find what lives when the gammas outside `kept` are pruned; `forced` (atoms,) bool classes live in any case."""
+        zero = self.zero_atoms(kept)
+        live = self.frozen | forced
+        before = -1
+        while before != (before := int(live.sum())):
+            for use, reads, writes in zip(
+                reversed(self.tape.uses), reversed(self._reads), reversed(self._writes), strict=True
+            ):
+                if use.kind == "norm":
+                    norm = self.norms.get(use.name)
+                    needed = live[writes] if norm is None else live[writes] & kept[norm.all]
+                    live[reads[needed]] = True
+                elif use.kind == "depthwise" or not bool(live[writes].any()):
+                    continue
+                else:
+                    live[reads[~zero[use.read]]] = True
+        final = kept.clone()
+        for norm in self.norms.values():
+            final[norm.all] &= live[self.place[norm.use.write]]
+        return Solution(live, final)
+
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def candidates(self, ties: str, ignore: Iterable[str] = ()) -> Tensor:
+        """Return which gammas may be chosen, (all gammas,) bool.
+
+        Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm, and
+        zero wherever a convolution or linear layer reads it once all its gammas are pruned.
+        """
+        trainable = torch.zeros(self.count, dtype=torch.bool)
+        for norm in self.norms.values():
+            trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
+        if ties == "apart":
+            return trainable
+        zero = self.zero_atoms(~trainable)
+        blocked = self.frozen.clone()
+        for use, reads in zip(self.tape.uses, self._reads, strict=True):
+            if use.kind == "norm":
+                blocked[reads] = True
+            elif use.kind != "depthwise":
+                blocked[reads[~zero[use.read]]] = True
+        for norm in self.norms.values():
+            slots = self.place[norm.use.write]
+            blocked[slots[~trainable[norm.all]]] = True
+        free = torch.cat([~blocked[self.place[n.use.write]] for n in self.norms.values()] or [trainable])
+        return trainable & free
+
+    def slots(self) -> Tensor:
+        """Return the class of every gamma's slot, (all gammas,)."""
+        found = [self.place[n.use.write] for n in self.norms.values()]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+    def scores(self, score: str, seed: int = 0) -> Tensor:
+        """Return a score per gamma, (all gammas,) float64: |gamma|, `random`, or `weight_l1` of the filter it scales.
+
+        Raises:
+            GraphError: a gamma is not finite.
+        """
+        for norm in self.norms.values():
+            if not bool(norm.module.weight.isfinite().all()):
+                raise GraphError(
+                    f"the scales of {norm.name} are not finite: take a checkpoint from before that happened"
+                )
+        if score == "random":
+            return torch.rand(self.count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        if score == "gamma":
+            return torch.cat([n.module.weight.detach().abs().double().cpu() for n in self.norms.values()])
+        mass = torch.zeros(self.tape.count, dtype=torch.float64)  # L1 of all filters that write a class
+        for name, use in self.layers.items():
+            if use.kind in ("conv", "linear", "grouped", "transposed"):
+                weight = _weight(self.model, name).detach().abs().double().cpu()
+                axis = 1 if use.kind == "transposed" else 0
+                mass.index_add_(0, self.place[use.write], weight.sum([i for i in range(weight.ndim) if i != axis]))
+        return torch.cat([mass[self.place[n.use.read]] for n in self.norms.values()])
+
+    def plan(
+        self,
+        criterion: Criterion,
+        *,
+        ties: str = "together",
+        min_channels: int = 1,
+        max_layer_ratio: float = 1.0,
+        round_to: int = 1,
+        ignore: Iterable[str] = (),
+        reduce: str = "max",
+        score: str = "gamma",
+        seed: int = 0,
+    ) -> PruningPlan:
+        """Let a criterion choose, find all that goes with it, and put back what the guards want.
+
+        Args:
+            ties: `together`: gammas whose channels must share a place are decided as one; `apart`: every gamma by itself.
+            min_channels: gammas that every BatchNorm keeps at least, >= 1.
+            max_layer_ratio: largest share of a BatchNorm's gammas that may go, in (0, 1].
+            round_to: kept gammas of every BatchNorm are rounded up to a multiple, by bringing back the strongest.
+            ignore: shell patterns of BatchNorm layers that stay whole.
+            reduce: score of a class: `max` or `mean` of its gammas'.
+            score: `gamma`, `random` (with `seed`) or `weight_l1`.
+
+        Raises:
+            GraphError: nothing can be pruned, or a gamma is not finite.
+            ConfigError: a value out of range.
+        """
+        check_choice("ties", ties, ("together", "apart"))
+        check_choice("reduce", reduce, ("max", "mean"))
+        check_choice("score", score, ("gamma", "random", "weight_l1"))
+        check_number("min_channels", min_channels, 1, whole=True)
+        check_number("round_to", round_to, 1, whole=True)
+        check_number("max_layer_ratio", max_layer_ratio, 0, 1, above=True)
+        self._check_prunable()
+        free = self.candidates(ties, list(ignore))
+        if not bool(free.any()):
+            raise GraphError("no BatchNorm scale can go: " + self._why_not())
+        values = self.scores(score, seed)
+        choice = self._choice(free, values, ties, reduce)
+        guards = (min_channels, max_layer_ratio, round_to)
+
+        def outcome(removed: Tensor) -> Solution:
+            kept = torch.ones(self.count, dtype=torch.bool)
+            kept[choice.gammas] = ~removed[choice.unit]
+            return self._settle(kept, values, choice, guards)
+
+        if isinstance(criterion, Budget):
+            removed = criterion.search(choice, lambda removed: self.cost_share(outcome(removed)))
+        else:
+            removed = criterion.choose(choice)
+        return self._write_plan(outcome(removed), choice, removed, criterion)
+
+    def _choice(self, free: Tensor, values: Tensor, ties: str, reduce: str) -> Choice:
+        gammas = free.nonzero().flatten()
+        classes = self.slots()[gammas] if ties == "together" else gammas
+        _, unit = classes.unique(return_inverse=True)
+        # Units are numbered by their first gamma, so that equal scores keep the order of the layers.
+        first = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
+        unit = first.argsort().argsort()[unit]
+        own = values[gammas]
+        score = torch.zeros(len(first), dtype=torch.float64).scatter_reduce(
+            0, unit, own, "amax" if reduce == "max" else "mean", include_self=False
+        )
+        layer = torch.cat([torch.full((n.module.num_features,), i) for i, n in enumerate(self.norms.values())])
+        return Choice(gammas, unit, score, unit.bincount(), layer[gammas])
+
+    def _settle(self, kept: Tensor, values: Tensor, choice: Choice, guards: tuple[int, float, int]) -> Solution:
+        """Bring back the strongest until every norm keeps what the guards want and no layer has an empty side."""
+        unit_of = torch.full((self.count,), -1)
+        unit_of[choice.gammas] = choice.unit
+        forced = torch.zeros(self.tape.count, dtype=torch.bool)
+        strength = self._strength(values)
+        while True:
+            solution = self.solve(kept, forced)
+            short = False
+            for norm in self.norms.values():
+                have = solution.kept[norm.all]
+                missing = _wanted(len(have), int(have.sum()), *guards) - int(have.sum())
+                if missing > 0:
+                    short = True
+                    back = torch.where(have, -1.0, values[norm.all]).topk(missing).indices
+                    gammas = norm.start + back
+                    units = unit_of[gammas]
+                    kept[gammas] = True
+                    kept[choice.gammas[torch.isin(choice.unit, units[units >= 0])]] = True
+                    forced[self.place[norm.use.write[back]]] = True
+            if short:
+                continue
+            for use, reads, writes in zip(self.tape.uses, self._reads, self._writes, strict=True):
+                for side in (reads, writes):
+                    if use.kind != "norm" and not bool(solution.live[side].any()):
+                        forced[side[strength[side].argmax()]] = True
+                        short = True
+            if not short:
+                return solution
+
+    def _strength(self, values: Tensor) -> Tensor:
+        """Return the largest score of a gamma that writes or reads a class, (atoms,)."""
+        strength = torch.zeros(self.tape.count, dtype=torch.float64)
+        for norm in self.norms.values():
+            for side in (norm.use.write, norm.use.read):
+                strength.scatter_reduce_(0, self.place[side], values[norm.all], "amax")
+        return strength
+
+    # --- what it costs ------------------------------------------------------------------------------------------------
+
+    def cost_share(self, solution: Solution) -> dict[str, float]:
+        """Return {macs, params}: what remains, as shares of the dense network's."""
+        thin = self._cost(solution.live, solution.kept)
+        return {k: thin[k] / max(1, self.dense_cost[k]) for k in thin}
+
+    @functools.cached_property
+    def dense_cost(self) -> dict[str, int]:
+        """{macs, params} of the network as it is."""
+        return self._cost(torch.ones(self.tape.count, dtype=torch.bool), torch.ones(self.count, dtype=torch.bool))
+
+    def _cost(self, live: Tensor, kept: Tensor) -> dict[str, int]:
+        macs, params, seen = self.tape.other_macs, 0, set()
+        for i, (use, reads, writes) in enumerate(zip(self.tape.uses, self._reads, self._writes, strict=True)):
+            norm = self.norms.get(use.name)
+            if norm is not None:
+                ins, outs = int(kept[norm.all].sum()), 2
+            else:
+                ins, outs = int(live[reads].sum()), int(live[writes].sum())
+            if use.kind == "depthwise":
+                ins = 1
+            weights = ins * outs // (use.groups if use.kind == "grouped" else 1) * use.kernel
+            if use.kind == "norm":
+                weights = ins * 2 if norm is not None else 0
+            elif i < self.evaluated:
+                macs += use.positions * weights
+            if use.name not in seen:
+                seen.add(use.name)
+                params += weights + (outs if use.bias and use.kind != "norm" else 0)
+        return {"macs": macs, "params": params + self._other_params}
+
+    @functools.cached_property
+    def _other_params(self) -> int:
+        """Count parameters of layers that no rule resizes."""
+        names = set(self.layers)
+        total = sum(p.numel() for p in self.model.parameters())
+        own = {id(p): p.numel() for name in names for p in _parameters(self.model, name)}
+        return total - sum(own.values())
+
+    # --- writing it down ----------------------------------------------------------------------------------------------
+
+    def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, criterion: Criterion) -> PruningPlan:
+        layers: dict[str, LayerPlan] = {}
+        for name, use in self.layers.items():
+            layer = self._layer_plan(name, use, solution)
+            if layer is not None:
+                layers[name] = layer
+        chosen, stays = removed[choice.unit], solution.kept[choice.gammas]
+        gone = int((chosen & ~stays).sum())
+        got = {"removed": gone, "candidates": len(choice.gammas), "ratio": gone / len(choice.gammas)}
+        got |= {"put_back": int((chosen & stays).sum()), "followed": int((~solution.kept).sum()) - gone}
+        got |= self.cost_share(solution)
+        return PruningPlan(
+            fingerprint=fingerprint(self.model),
+            network=describe_network(self.model),
+            spec=self.spec,
+            keep={n: p.outs for n, p in layers.items() if p.kind == "norm" and len(p.outs) < p.size[1]},
+            layers=layers,
+            asked=criterion.describe(),
+            got=got,
+            train_watched=not self.train_reason,
+            train_reason=self.train_reason,
+        )
+
+    def _layer_plan(self, name: str, use: Use, solution: Solution) -> LayerPlan | None:
+        live = solution.live
+        if use.kind == "norm":
+            return self._norm_plan(name, use, solution)
+        reads, writes = live[self.place[use.read]], live[self.place[use.write]]
+        if bool(reads.all()) and bool(writes.all()):
+            return None
+        size = (len(reads), len(writes))
+        if use.kind == "grouped":
+            reads = reads.view(use.groups, -1)[0]
+            size = (len(reads), size[1])
+        return LayerPlan(use.kind, _indices(reads), _indices(writes), size)
+
+    def _norm_plan(self, name: str, use: Use, solution: Solution) -> LayerPlan | None:
+        live, norm = solution.live, self.norms.get(name)
+        kept = solution.kept[norm.all] if norm is not None else live[self.place[use.write]]
+        source, target = live[self.place[use.source]], live[self.place[use.target]]
+        selects, places = (
+            _positions(atoms, layout, stay)[kept]
+            for atoms, layout, stay in ((use.read, use.source, source), (use.write, use.target, target))
+        )
+        n = int(kept.sum())
+        straight = torch.arange(n)
+        select = None if n == int(source.sum()) and torch.equal(selects, straight) else selects.tolist()
+        place = None if n == int(target.sum()) and torch.equal(places, straight) else places.tolist()
+        module = self.model.get_submodule(name)
+        before = [
+            None if t is None else t.tolist() for t in (getattr(module, "select", None), getattr(module, "place", None))
+        ]
+        if bool(kept.all()) and [select, place] == before and int(target.sum()) == len(target):
+            return None
+        indices = _indices(kept)
+        return LayerPlan("norm", indices, indices, (len(kept), len(kept)), select, place, int(target.sum()))
+
+    def _check_prunable(self) -> None:
+        if self.norms:
+            return
+        frozen = [n for n, m in self.model.named_modules() if type(m).__name__.startswith("FrozenBatchNorm")]
+        if frozen:
+            raise GraphError(
+                f"the network's {len(frozen)} FrozenBatchNorm layers ({frozen[0]}, ...) have scales that do not train: "
+                "build it with BatchNorm (norm_layer=nn.BatchNorm2d) and train those with the penalty"
+            )
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+            raise GraphError(
+                "no BatchNorm of the network has scales and ran on the example input as a layer of its own"
+            )
+        raise GraphError(
+            "the network has no BatchNorm scales to choose by: insert nn.BatchNorm2d after its convolutions "
+            "(before the activation) and train with the penalty"
+        )
+
+    def _why_not(self) -> str:
+        if not any(n.trainable for n in self.norms.values()):
+            return "all have requires_grad=False; set it to True and train with the penalty"
+        reasons = self.unknown[:3] or ["they are tied to inputs, outputs or layers without BatchNorm"]
+        return "; ".join(reasons) + "; try ties='apart'"
+
+    def describe(self) -> str:
+        """Return a table for people: every BatchNorm, what may go, and what was frozen and why."""
+        together = self.candidates("together")
+        lines = [
+            describe_network(self.model),
+            f"{'BatchNorm':40} {'gammas':>7} {'tied, may go':>13} {'|gamma| median':>15}",
+        ]
+        for norm in self.norms.values():
+            weight = norm.module.weight.detach().abs()
+            free = int(together[norm.all].sum()) if norm.trainable else 0
+            lines.append(f"{norm.name:40} {len(weight):7} {free:13} {float(weight.median()):15.3g}")
+        total = sum(n.module.num_features for n in self.norms.values() if n.trainable)
+        lines.append(f"{'all':40} {self.count:7} {int(together.sum()):13}   (apart: {total})")
+        lines += [f"frozen: {reason}" for reason in self.unknown]
+        if self.train_reason:
+            lines.append(f"not watched in train mode: {self.train_reason}")
+        return "\n".join(lines)
+
+
+def _wanted(size: int, have: int, min_channels: int, max_layer_ratio: float, round_to: int) -> int:
+    """Return how many of `size` gammas the guards want where `have` are kept."""
+    wanted = max(have, min_channels, size - int(max_layer_ratio * size + 1e-9))
+    return min(size, -(-wanted // round_to) * round_to)
+
+
+def _components(count: int, ties: list[Tensor]) -> Tensor:
+    """Return the smallest atom of every atom's class: union-find by hooking and pointer jumping, vectorised."""
+    label = torch.arange(count)
+    if not ties:
+        return label
+    a, b = torch.cat(ties, 1)
+    while True:
+        la, lb = label[a], label[b]
+        apart = la != lb
+        if not bool(apart.any()):
+            return label
+        a, b, la, lb = a[apart], b[apart], la[apart], lb[apart]
+        low = torch.minimum(la, lb)
+        new = label.scatter_reduce(0, la, low, "amin").scatter_reduce(0, lb, low, "amin")
+        while not torch.equal(new, jumped := new[new]):
+            new = jumped
+        label = new
+
+
+def _positions(atoms: Tensor, layout: Tensor, stay: Tensor) -> Tensor:
+    """Return where each of `atoms` lies among the atoms of `layout` that stay."""
+    rank = stay.long().cumsum(0) - 1
+    if torch.equal(atoms, layout):
+        return rank
+    where = {atom: i for i, atom in enumerate(layout.tolist())}
+    return rank[torch.tensor([where[a] for a in atoms.tolist()])]
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
+
+
+def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Return the parameters of a layer: of a module, or a parameter that its parent holds directly."""
+    try:
+        return list(model.get_submodule(name).parameters(recurse=False))
+    except AttributeError:
+        return [model.get_parameter(name)]
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    try:
+        return model.get_submodule(name).weight
+    except AttributeError:
+        return model.get_parameter(name)

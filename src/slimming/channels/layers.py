@@ -1,0 +1,45 @@
+"""A BatchNorm between tensors of more channels than it has."""
+
+from torch import Tensor, nn
+
+
+class SelectBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Selects input channels, normalises them, and places them among zeros.
+
+    Takes over the parameters and buffers of a BatchNorm whose channels are the kept ones; its state-dict keys are those of
+    that BatchNorm, the indices belong to the plan.
+
+    Args:
+        norm: BatchNorm1d/2d/3d (or a SelectBatchNorm) of C channels.
+        select: (C,) input channels to read; None: all, in order.
+        place: (C,) output channels to write; None: all, in order.
+        width: output channels where `place` is given.
+
+    Shape: (N, C_in, ...) -> (N, width or C, ...).
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, select: Tensor | None, place: Tensor | None, width: int):
+        nn.Module.__init__(self)
+        for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "training"):
+            setattr(self, name, getattr(norm, name))
+        self._parameters.update(norm._parameters)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+        device = next((t.device for t in (*norm._parameters.values(), *norm._buffers.values()) if t is not None), None)
+        for name, index in (("select", select), ("place", place)):
+            self.register_buffer(name, None if index is None else index.to(device), persistent=False)
+        self.width = width
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.select is not None:
+            x = x.index_select(1, self.select)
+        x = super().forward(x)
+        if self.place is not None:
+            x = x.new_zeros((x.shape[0], self.width, *x.shape[2:])).index_copy(1, self.place, x)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, select={self.select is not None}, place={self.place is not None}"

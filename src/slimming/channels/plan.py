@@ -1,0 +1,186 @@
+"""A pruning plan: plain data that says what stays of every layer."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.errors import PlanError
+
+FORMAT = 1
+KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm")
+
+
+@dataclass
+class LayerPlan:
+    """What stays of one layer; indices relative to the network that the plan is for.
+
+    Attributes:
+        kind: conv, transposed, linear, depthwise, grouped or norm.
+        ins: kept inputs (positions within a group for `grouped`); for a norm its kept channels.
+        outs: kept outputs; for a norm its kept channels.
+        size: (inputs, outputs) before.
+        select: for a norm: which of the remaining input channels it reads; None: all.
+        place: for a norm: which of the remaining output channels it writes; None: all.
+        width: for a norm with `place`: remaining output channels.
+    """
+
+    kind: str
+    ins: list[int]
+    outs: list[int]
+    size: tuple[int, int]
+    select: list[int] | None = None
+    place: list[int] | None = None
+    width: int = 0
+
+    def check(self, name: str) -> None:
+        """Raise PlanError unless the indices are sorted, distinct and within the layer."""
+        if self.kind not in KINDS:
+            raise PlanError(f"plan: layer {name} is of an unknown kind {self.kind!r}; allowed: {', '.join(KINDS)}")
+        sides = [("ins", self.ins, self.size[0]), ("outs", self.outs, self.size[1])]
+        sides += [(k, v, 2**31) for k, v in (("select", self.select), ("place", self.place)) if v is not None]
+        for side, indices, size in sides:
+            ordered = side in ("ins", "outs")
+            whole = isinstance(indices, list) and set(map(type, indices)) <= {int}
+            if not whole or not indices or len(indices) > size or min(indices) < 0 or max(indices) >= size:
+                raise PlanError(f"plan: {side} of layer {name} must be 1 to {size} whole numbers in [0, {size})")
+            if len(set(indices)) < len(indices) or (ordered and sorted(indices) != indices):
+                raise PlanError(f"plan: {side} of layer {name} must be sorted and distinct")
+
+
+@dataclass
+class PruningPlan:
+    """Everything that `prune` and `mask` need; no trace is.
+
+    Attributes:
+        fingerprint: of the network it is for: its parameters' names and shapes, hashed.
+        network: class name and parameter count of that network, for messages.
+        spec: shapes and dtypes of the example input.
+        keep: kept indices of every BatchNorm that loses some.
+        layers: what stays of every layer that changes.
+        asked: the criterion, with its values.
+        got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
+            back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain).
+        train_watched: whether the network could be run in train mode, too; else why not.
+    """
+
+    fingerprint: str
+    network: str
+    spec: Any
+    keep: dict[str, list[int]]
+    layers: dict[str, LayerPlan]
+    asked: dict[str, Any]
+    got: dict[str, Any]
+    train_watched: bool = True
+    train_reason: str = ""
+    format: int = field(default=FORMAT)
+
+    def __post_init__(self):
+        for name, layer in self.layers.items():
+            layer.check(name)
+        for name, indices in self.keep.items():
+            layer = self.layers.get(name)
+            if layer is None or layer.kind != "norm" or layer.outs != indices:
+                raise PlanError(f"plan: keep of {name} does not match its layer entry")
+
+    def to_dict(self) -> dict:
+        """Return plain dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "PruningPlan":
+        """Rebuild a plan.
+
+        Raises:
+            PlanError: a missing or unknown key, another format, indices that cannot be.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads {FORMAT}")
+            layers = {
+                name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
+            }
+            return cls(**{**data, "layers": layers})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"plan: not a pruning plan ({type(error).__name__}: {error})") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Raises PlanError: not JSON, or not a plan."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"plan: not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise PlanError("plan: not a JSON object")
+        return cls.from_dict(data)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PlanError unless the plan was made for a network of this architecture."""
+        if fingerprint(model) != self.fingerprint:
+            raise PlanError(f"the plan is for {self.network}, this network is {describe_network(model)}: trace it anew")
+
+    def describe(self) -> str:
+        """Return a table for people: channels of every layer that changes, before -> after."""
+        got = self.got
+        lines = [f"{self.network}: {got['removed']} of {got['candidates']} gammas removed ({got['ratio']:.1%})"]
+        lines[0] += f", asked {self.asked}, put back {got['put_back']}, followed {got['followed']}"
+        lines.append(f"MACs that remain {got['macs']:.1%}, parameters {got['params']:.1%}")
+        lines.append(f"{'layer':40} {'kind':10} {'in':>13} {'out':>13}")
+        for name, layer in self.layers.items():
+            ins, outs = (f"{s} -> {len(i)}" for s, i in zip(layer.size, (layer.ins, layer.outs), strict=True))
+            extra = " select" * (layer.select is not None) + " place" * (layer.place is not None)
+            lines.append(f"{name:40} {layer.kind:10} {ins:>13} {outs:>13}{extra}")
+        if not self.train_watched:
+            lines.append(f"not watched in train mode: {self.train_reason}")
+        return "\n".join(lines)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash the names and shapes of parameters and buffers, and the indices of selecting BatchNorms."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)};".encode())
+        if name.endswith((".select", ".place")):
+            digest.update(str(tensor.tolist()).encode())
+    return digest.hexdigest()[:32]
+
+
+def describe_network(model: nn.Module) -> str:
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def input_spec(example: Any) -> Any:
+    """Describe an example input as plain data: shapes and dtypes in its tuples, lists and dicts."""
+    if isinstance(example, Tensor):
+        return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+    if isinstance(example, dict):
+        return {"dict": {k: input_spec(v) for k, v in example.items()}}
+    if isinstance(example, list | tuple):
+        return {type(example).__name__: [input_spec(v) for v in example]}
+    return {"value": example if isinstance(example, int | float | str | bool | None) else repr(example)}
+
+
+def draw_input(
+    spec: Any, generator: torch.Generator, device: torch.device, dtype: torch.dtype, batch: int | None = None
+):
+    """Draw a random input of a spec: normal floats in `dtype`, small whole numbers; `batch` replaces the first axis."""
+    if "shape" in spec:
+        kind = getattr(torch, spec["dtype"])
+        shape = [batch if batch and i == 0 and len(spec["shape"]) > 2 else s for i, s in enumerate(spec["shape"])]
+        if kind.is_floating_point:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.randint(2, shape, generator=generator).to(device, kind)
+    if "dict" in spec:
+        return {k: draw_input(v, generator, device, dtype, batch) for k, v in spec["dict"].items()}
+    for name, kind in (("list", list), ("tuple", tuple)):
+        if name in spec:
+            return kind(draw_input(v, generator, device, dtype, batch) for v in spec[name])
+    return spec["value"]

@@ -1,0 +1,183 @@
+"""From a plan to a smaller network: `prune`, and its specification `mask`."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from slimming.channels.copying import copy_model, light_copy
+from slimming.channels.layers import SelectBatchNorm
+from slimming.channels.plan import LayerPlan, PruningPlan, draw_input
+from slimming.channels.watch import call_model, tensors_in
+from slimming.errors import PlanError
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the proof, relative to the largest output
+OTHER_TOLERANCE = 5e-2  # half precision
+
+
+def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Module:
+    """Return a smaller copy of the same class that computes what `mask(model, plan)` does.
+
+    Args:
+        model: the network that the plan was made for; it is not changed.
+        verify: compare with the masked network on random inputs of the plan's input spec before returning.
+
+    Raises:
+        PlanError: the plan is for another network, or (verify) the two differ, which is a bug worth reporting.
+    """
+    plan.check_model(model)
+    memo: dict[int, object] = {}
+    resized = {name: _slices(model, name, layer) for name, layer in plan.layers.items()}
+    for tensors in resized.values():
+        for _, _, old, new in tensors:
+            memo[id(old)] = new
+    thin = copy_model(model, memo)
+    for name, layer in plan.layers.items():
+        _fit_attributes(thin, name, layer)
+    if verify:
+        prove(model, thin, plan)
+    return thin
+
+
+def mask(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Return a copy of the same size with gamma and beta of all pruned channels zero: the specification of `prune`."""
+    plan.check_model(model)
+    masked = copy_model(model)
+    with torch.no_grad():
+        for name, keep in plan.keep.items():
+            norm = masked.get_submodule(name)
+            gone = torch.ones(norm.num_features, dtype=torch.bool, device=norm.weight.device)
+            gone[keep] = False
+            norm.weight[gone] = 0
+            norm.bias[gone] = 0
+    return masked
+
+
+def prove(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:
+    """Raise PlanError unless `thin` and the masked model agree on seeded random inputs, without autocast."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    device, dtype = weights[0].device, weights[0].dtype
+    example = draw_input(plan.spec, torch.Generator().manual_seed(0), device, dtype)
+    outputs = []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for network in (light_copy(thin), mask(model, plan)):
+            try:
+                outputs.append(_floats(call_model(network.eval(), example)))
+            except Exception as error:
+                raise PlanError(f"the pruned network does not run: {type(error).__name__}: {error}") from error
+    difference = relative_difference(*outputs)
+    if not difference <= TOLERANCE.get(dtype, OTHER_TOLERANCE):
+        raise PlanError(
+            f"the pruned network differs from the masked one by {difference:.1e} (relative): not returned; "
+            "please report this network"
+        )
+
+
+def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest |a - b| over the largest |b|, over lists of tensors of equal shapes; inf where shapes differ."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            scale = float(y.abs().max())
+            worst = max(worst, float((x - y).abs().max()) / scale if scale else float((x - y).abs().max()))
+    return worst
+
+
+def _floats(value) -> list[Tensor]:
+
+    return [t.double() for t in tensors_in(value) if t.is_floating_point()]
+
+
+def prune_optimizer_state(state: dict, model: nn.Module, plan: PruningPlan, names: Iterable[str]) -> dict:
+    """Slice the per-parameter tensors of an optimizer's state dict as `prune` slices the parameters.
+
+    Args:
+        state: `optimizer.state_dict()` of an optimizer over the dense model's parameters.
+        model: the dense model.
+        names: names of the parameters in the order in which the optimizer was given them.
+
+    Returns:
+        A state dict for an optimizer over the pruned model's parameters in the same order.
+    """
+    axes: dict[str, list[tuple[int, list[int]]]] = {}
+    for layer_name, layer in plan.layers.items():
+        for attribute, tensor in _tensors_of(model, layer_name):
+            full = f"{layer_name}.{attribute}" if attribute else layer_name
+            axes[full] = _axes(layer, attribute or "weight", tensor)
+    new = copy.deepcopy({k: v for k, v in state.items() if k != "state"})
+    new["state"] = {}
+    parameters = dict(model.named_parameters())
+    for index, name in enumerate(names):
+        entry = state["state"].get(index)
+        if entry is None:
+            continue
+        new["state"][index] = {
+            key: _take(value, axes.get(name, ()))
+            if isinstance(value, Tensor) and value.shape == parameters[name].shape
+            else copy.deepcopy(value)
+            for key, value in entry.items()
+        }
+    return new
+
+
+def _tensors_of(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+    """Return (attribute, tensor) of a layer; attribute "" for a parameter that its parent holds directly."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return [("", model.get_parameter(name))]
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    return [(k, t) for k, t in tensors if t is not None and k not in ("select", "place", "num_batches_tracked")]
+
+
+def _axes(layer: LayerPlan, attribute: str, tensor: Tensor) -> list[tuple[int, list[int]]]:
+    """Return which indices of which axes of a parameter or buffer stay."""
+    if tensor.ndim == 1:  # bias, and everything of a norm
+        return [(0, layer.outs)]
+    if layer.kind == "depthwise":
+        return [(0, layer.outs)]
+    return [(0, layer.ins), (1, layer.outs)] if layer.kind == "transposed" else [(0, layer.outs), (1, layer.ins)]
+
+
+def _take(tensor: Tensor, axes: Iterable[tuple[int, list[int]]]) -> Tensor:
+    for axis, indices in axes:
+        if len(indices) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+    return tensor.detach().clone()
+
+
+def _slices(model: nn.Module, name: str, layer: LayerPlan) -> list[tuple[str, str, Tensor, Tensor]]:
+    found = []
+    for attribute, old in _tensors_of(model, name):
+        new = _take(old, _axes(layer, attribute or "weight", old))
+        if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
+            new = new.contiguous(memory_format=torch.channels_last)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        found.append((name, attribute, old, new))
+    return found
+
+
+def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
+    """Make a layer's own numbers say its new size; swap a norm whose sides differ for a SelectBatchNorm."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return
+    if layer.kind == "norm":
+        module.num_features = len(layer.outs)
+        if layer.select is not None or layer.place is not None or isinstance(module, SelectBatchNorm):
+            select, place = (None if i is None else torch.tensor(i) for i in (layer.select, layer.place))
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SelectBatchNorm(module, select, place, layer.width))
+        return
+    if hasattr(module, "in_channels"):
+        groups = module.groups if layer.kind == "grouped" else 1
+        module.in_channels, module.out_channels = len(layer.ins) * groups, len(layer.outs)
+        if layer.kind == "depthwise":
+            module.groups = len(layer.ins)
+    elif hasattr(module, "in_features"):
+        module.in_features, module.out_features = len(layer.ins), len(layer.outs)
