@@ -417,18 +417,14 @@ class ChannelGraph:
         live, norm = solution.live, self.norms.get(name)
         kept = solution.kept[norm.all] if norm is not None else live[self.place[use.write]]
         source, target = live[self.place[use.source]], live[self.place[use.target]]
-        selects, places = (
-            _positions(atoms, layout, stay)[kept]
-            for atoms, layout, stay in ((use.read, use.source, source), (use.write, use.target, target))
-        )
+        module = self.model.get_submodule(name)
+        old = [getattr(module, side, None) for side in ("select", "place")]  # of a SelectBatchNorm
+        selects, places = (_rank(stay, index)[kept] for stay, index in ((source, old[0]), (target, old[1])))
         n = int(kept.sum())
         straight = torch.arange(n)
         select = None if n == int(source.sum()) and torch.equal(selects, straight) else selects.tolist()
         place = None if n == int(target.sum()) and torch.equal(places, straight) else places.tolist()
-        module = self.model.get_submodule(name)
-        before = [
-            None if t is None else t.tolist() for t in (getattr(module, "select", None), getattr(module, "place", None))
-        ]
+        before = [None if t is None else t.tolist() for t in old]
         if bool(kept.all()) and [select, place] == before and int(target.sum()) == len(target):
             return None
         indices = _indices(kept)
@@ -502,13 +498,10 @@ def _components(count: int, ties: list[Tensor]) -> Tensor:
         label = new
 
 
-def _positions(atoms: Tensor, layout: Tensor, stay: Tensor) -> Tensor:
-    """Return where each of `atoms` lies among the atoms of `layout` that stay."""
+def _rank(stay: Tensor, index: Tensor | None) -> Tensor:
+    """Return where each channel of `index` (None: all) lies among those that stay."""
     rank = stay.long().cumsum(0) - 1
-    if torch.equal(atoms, layout):
-        return rank
-    where = {atom: i for i, atom in enumerate(layout.tolist())}
-    return rank[torch.tensor([where[a] for a in atoms.tolist()])]
+    return rank if index is None else rank[index.cpu()]
 
 
 def _indices(mask: Tensor) -> list[int]:

@@ -1,5 +1,6 @@
 """A BatchNorm between tensors of more channels than it has."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -38,7 +39,8 @@ class SelectBatchNorm(nn.modules.batchnorm._BatchNorm):
             x = x.index_select(1, self.select)
         x = super().forward(x)
         if self.place is not None:
-            x = x.new_zeros((x.shape[0], self.width, *x.shape[2:])).index_copy(1, self.place, x)
+            zeros = torch.zeros((x.shape[0], self.width, *x.shape[2:]), dtype=x.dtype, device=x.device)
+            x = zeros.index_copy(1, self.place, x)
         return x
 
     def extra_repr(self) -> str:

@@ -318,6 +318,22 @@ def move(tape: Tape, call: Call) -> Tensor:
     return atoms
 
 
+def expand_as(tape: Tape, call: Call) -> Tensor:
+    """Spread over the space of another tensor; channels of both must stay equally many."""
+    x, other = call.x, call.atoms_of(call.args[1])
+    if other is None:
+        raise Unknown("the size of a constant")
+    x = x.view((1,) * (call.out.ndim - x.ndim) + x.shape)
+    if set(varying(other)) - set(varying(x)):
+        raise Unknown("it is spread over channels")
+    tape.tie(x, other)
+    return x
+
+
+def type_as(tape: Tape, call: Call) -> Tensor:
+    return call.x
+
+
 def _rectangular(tape: Tape, atoms: Tensor) -> Tensor:
     """Tie atoms that change along several axes so that whole rows go: all but the last such axis keep their size."""
     axes = varying(atoms)
@@ -447,6 +463,8 @@ RULES: dict[str, Callable[[Tape, Call], Any]] = _table(
         pad: "pad constant_pad_nd",
         move: "view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze expand movedim swapaxes "
         "flip",
+        expand_as: "expand_as",
+        type_as: "type_as",
         concatenate: "cat concat",
         stack: "stack",
         chunk: "chunk",
