@@ -81,15 +81,15 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
         del tape.uses[evaluated:]
     tape.other_macs = macs
     graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
+    if tape.doubtful:
+        _settle_doubts(graph)
     if strict and (graph.unknown or reason):
         what = graph.unknown[0] if graph.unknown else f"train mode fails ({reason}): give train_input"
         raise GraphError(f"strict: not everything is understood: {what}")
-    if tape.doubtful:
-        _settle_doubts(graph, tape, example)
     return graph
 
 
-def _settle_doubts(graph: "ChannelGraph", tape: Tape, example: Any) -> None:
+def _settle_doubts(graph: "ChannelGraph") -> None:
     """Prune half of everything for a rehearsal; if that network does not run or differs, freeze the doubtful sizes."""
     from slimming.channels.criteria import GlobalRatio
     from slimming.channels.surgery import prune
@@ -99,9 +99,9 @@ def _settle_doubts(graph: "ChannelGraph", tape: Tape, example: Any) -> None:
     except GraphError:
         return  # nothing to prune: no doubt to settle
     except Exception:
-        for atoms, reason in tape.doubtful:
-            tape.freeze(atoms, reason)
-        graph.__init__(graph.model, tape, graph.evaluated, graph.spec, graph.train_reason)
+        for atoms, reason in graph.tape.doubtful:
+            graph.tape.freeze(atoms, reason)
+        graph.__init__(graph.model, graph.tape, graph.evaluated, graph.spec, graph.train_reason)
 
 
 class ChannelGraph:

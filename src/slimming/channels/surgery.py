@@ -106,7 +106,7 @@ def prune_optimizer_state(state: dict, model: nn.Module, plan: PruningPlan, name
     for layer_name, layer in plan.layers.items():
         for attribute, tensor in _tensors_of(model, layer_name):
             full = f"{layer_name}.{attribute}" if attribute else layer_name
-            axes[full] = _axes(layer, attribute or "weight", tensor)
+            axes[full] = _axes(layer, tensor)
     new = copy.deepcopy({k: v for k, v in state.items() if k != "state"})
     new["state"] = {}
     parameters = dict(model.named_parameters())
@@ -128,12 +128,15 @@ def _tensors_of(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        return [("", model.get_parameter(name))]
+        try:
+            return [("", model.get_parameter(name))]
+        except AttributeError as error:
+            raise PlanError(f"plan: this network has no layer {name}") from error
     tensors = [*module._parameters.items(), *module._buffers.items()]
     return [(k, t) for k, t in tensors if t is not None and k not in ("select", "place", "num_batches_tracked")]
 
 
-def _axes(layer: LayerPlan, attribute: str, tensor: Tensor) -> list[tuple[int, list[int]]]:
+def _axes(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
     """Return which indices of which axes of a parameter or buffer stay."""
     if tensor.ndim == 1:  # bias, and everything of a norm
         return [(0, layer.outs)]
@@ -152,7 +155,14 @@ def _take(tensor: Tensor, axes: Iterable[tuple[int, list[int]]]) -> Tensor:
 def _slices(model: nn.Module, name: str, layer: LayerPlan) -> list[tuple[str, str, Tensor, Tensor]]:
     found = []
     for attribute, old in _tensors_of(model, name):
-        new = _take(old, _axes(layer, attribute or "weight", old))
+        axes = _axes(layer, old)
+        for axis, indices in axes:
+            size = layer.size[0 if indices is layer.ins else 1]
+            if old.shape[axis] != size:
+                raise PlanError(
+                    f"plan: layer {name} has {old.shape[axis]} channels in this network, {size} in the plan"
+                )
+        new = _take(old, axes)
         if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
             new = new.contiguous(memory_format=torch.channels_last)
         if isinstance(old, nn.Parameter):
