@@ -24,6 +24,19 @@ from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fin
 from slimming.channels.tape import FROZEN, Tape, Use
 from slimming.errors import GraphError, check_choice, check_number
 
+CHOOSING = (
+    "topk",
+    "sort",
+    "argsort",
+    "argmax",
+    "max",
+    "nms",
+    "torchvision::nms",
+    "nonzero",
+    "where",
+    "_local_scalar_dense",
+)
+
 
 @dataclass
 class Norm:
@@ -398,6 +411,7 @@ class ChannelGraph:
             got=got,
             train_watched=not self.train_reason,
             train_reason=self.train_reason,
+            compare="layers" if any(r.split(" in ")[0] in CHOOSING for r in self.unknown) else "outputs",
         )
 
     def _layer_plan(self, name: str, use: Use, solution: Solution) -> LayerPlan | None:

@@ -65,6 +65,8 @@ class PruningPlan:
         asked: the criterion, with its values.
         got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
             back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain).
+        compare: what the proof compares: the network's `outputs`; or, where the network sorts or selects by score, so that
+            rounding turns into other choices, the outputs of all `layers` that keep every channel.
         train_watched: whether the network could be run in train mode, too; else why not.
     """
 
@@ -77,9 +79,12 @@ class PruningPlan:
     got: dict[str, Any]
     train_watched: bool = True
     train_reason: str = ""
+    compare: str = "outputs"
     format: int = field(default=FORMAT)
 
     def __post_init__(self):
+        if self.compare not in ("outputs", "layers"):
+            raise PlanError(f"plan: compare must be outputs or layers, got {self.compare!r}")
         for name, layer in self.layers.items():
             layer.check(name)
         for name, indices in self.keep.items():

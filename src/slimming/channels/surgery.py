@@ -62,8 +62,10 @@ def prove(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:
     outputs = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for network in (light_copy(thin), mask(model, plan)):
+            whole = _watch_whole_layers(network, plan)
             try:
-                outputs.append(_floats(call_model(network.eval(), example)))
+                output = call_model(network.eval(), example)
+                outputs.append(_floats(whole if plan.compare == "layers" else output))
             except Exception as error:
                 raise PlanError(f"the pruned network does not run: {type(error).__name__}: {error}") from error
     difference = relative_difference(*outputs)
@@ -72,6 +74,15 @@ def prove(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:
             f"the pruned network differs from the masked one by {difference:.1e} (relative): not returned; "
             "please report this network"
         )
+
+
+def _watch_whole_layers(network: nn.Module, plan: PruningPlan) -> list[Tensor]:
+    """Return a list that fills with the outputs of all layers that the plan leaves every output channel."""
+    seen: list[Tensor] = []
+    for name, layer in plan.layers.items():
+        if plan.compare == "layers" and len(layer.outs) == layer.size[1] and layer.kind in ("conv", "linear"):
+            network.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out))
+    return seen
 
 
 def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
