@@ -43,11 +43,23 @@ def light_copy(model: nn.Module) -> nn.Module:
     return copy_model(model, {id(p): p for p in model.parameters()})
 
 
+def _known(value: object, memo: dict[int, object]) -> object:
+    """Return the copy of a module or leaf tensor; one that several modules hold stays one."""
+    if id(value) in memo:
+        return memo[id(value)]
+    tensor = value
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.is_leaf:
+        return copy.deepcopy(tensor, memo)
+    new = tensor.detach().clone()
+    memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return memo[id(tensor)]
+
+
 def _contents(module: nn.Module, memo: dict[int, object]) -> dict:
     new = {}
     for key, value in module.__dict__.items():
         if key in _CONTAINERS:
-            new[key] = {k: None if v is None else copy.deepcopy(v, memo) for k, v in value.items()}
+            new[key] = {k: None if v is None else _known(v, memo) for k, v in value.items()}
         elif isinstance(value, _SHARED):
             new[key] = value
         elif isinstance(value, dict | set) and not value:

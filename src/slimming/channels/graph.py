@@ -84,8 +84,9 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
     marks = (tape.count, *(len(entries) for entries in (tape.ties, tape.frozen, tape.doubtful, tape.zeros)))
     macs = tape.other_macs
     try:
-        watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
-        watching.watch(tape, copied, example if train_input is None else train_input, like=log)
+        if train_input is not None or watching.mode_matters(model):
+            watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
+            watching.watch(tape, copied, example if train_input is None else train_input, like=log)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         tape.count = marks[0]
@@ -128,6 +129,7 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, tape: Tape, evaluated: int, spec: Any, train_reason: str):
         self.model, self.tape, self.evaluated, self.spec, self.train_reason = model, tape, evaluated, spec, train_reason
+        self.modules = dict(model.named_modules())
         self.place = _components(tape.count, tape.ties)
         self.frozen = torch.zeros(tape.count, dtype=torch.bool)
         self.frozen[self.place[FROZEN]] = True
@@ -146,7 +148,7 @@ class ChannelGraph:
     def _find_norms(self) -> dict[str, Norm]:
         norms, start = {}, 0
         for name, use in self.layers.items():
-            module = self.model.get_submodule(name) if use.kind == "norm" else None
+            module = self.modules[name] if use.kind == "norm" else None
             if module is not None and module.weight is not None and module.bias is not None:
                 norms[name] = Norm(name, module, start, use, module.weight.requires_grad)
                 start += module.num_features
@@ -238,7 +240,7 @@ class ChannelGraph:
         mass = torch.zeros(self.tape.count, dtype=torch.float64)  # L1 of all filters that write a class
         for name, use in self.layers.items():
             if use.kind in ("conv", "linear", "grouped", "transposed"):
-                weight = _weight(self.model, name).detach().abs().double().cpu()
+                weight = _weight(self.model, self.modules, name).detach().abs().double().cpu()
                 axis = 1 if use.kind == "transposed" else 0
                 mass.index_add_(0, self.place[use.write], weight.sum([i for i in range(weight.ndim) if i != axis]))
         return torch.cat([mass[self.place[n.use.read]] for n in self.norms.values()])
@@ -358,35 +360,35 @@ class ChannelGraph:
     @functools.cached_property
     def dense_cost(self) -> dict[str, int]:
         """{macs, params} of the network as it is."""
-        return self._cost(torch.ones(self.tape.count, dtype=torch.bool), torch.ones(self.count, dtype=torch.bool))
+        return self._cost(None, None)
 
-    def _cost(self, live: Tensor, kept: Tensor) -> dict[str, int]:
+    def _cost(self, live: Tensor | None, kept: Tensor | None) -> dict[str, int]:
+        """Count {macs, params} of what lives; None: of everything."""
+
+        def count(mask: Tensor | None, which: Tensor | slice, size: int) -> int:
+            return size if mask is None else int(torch.count_nonzero(mask[which]))
+
         macs, params, seen = self.tape.other_macs, 0, set()
         for i, (use, reads, writes) in enumerate(zip(self.tape.uses, self._reads, self._writes, strict=True)):
-            norm = self.norms.get(use.name)
-            if norm is not None:
-                ins, outs = int(kept[norm.all].sum()), 2
-            else:
-                ins, outs = int(live[reads].sum()), int(live[writes].sum())
-            if use.kind == "depthwise":
-                ins = 1
-            weights = ins * outs // (use.groups if use.kind == "grouped" else 1) * use.kernel
             if use.kind == "norm":
-                weights = ins * 2 if norm is not None else 0
-            elif i < self.evaluated:
-                macs += use.positions * weights
-            if use.name not in seen:
-                seen.add(use.name)
-                params += weights + (outs if use.bias and use.kind != "norm" else 0)
+                norm = self.norms.get(use.name)
+                weights = 0 if norm is None else 2 * count(kept, norm.all, len(writes))
+            else:
+                ins = 1 if use.kind == "depthwise" else count(live, reads, len(reads))
+                outs = count(live, writes, len(writes))
+                weights = ins * outs // (use.groups if use.kind == "grouped" else 1) * use.kernel
+                macs += use.positions * weights * (i < self.evaluated)
+                weights += outs * use.bias
+            params += weights * (use.name not in seen)
+            seen.add(use.name)
         return {"macs": macs, "params": params + self._other_params}
 
     @functools.cached_property
     def _other_params(self) -> int:
         """Count parameters of layers that no rule resizes."""
-        names = set(self.layers)
         total = sum(p.numel() for p in self.model.parameters())
-        own = {id(p): p.numel() for name in names for p in _parameters(self.model, name)}
-        return total - sum(own.values())
+        own = {id(p): p for name in self.layers for p in _parameters(self.model, self.modules, name)}
+        return total - sum(p.numel() for p in own.values())
 
     # --- writing it down ----------------------------------------------------------------------------------------------
 
@@ -431,7 +433,7 @@ class ChannelGraph:
         live, norm = solution.live, self.norms.get(name)
         kept = solution.kept[norm.all] if norm is not None else live[self.place[use.write]]
         source, target = live[self.place[use.source]], live[self.place[use.target]]
-        module = self.model.get_submodule(name)
+        module = self.modules[name]
         old = [getattr(module, side, None) for side in ("select", "place")]  # of a SelectBatchNorm
         selects, places = (_rank(stay, index)[kept] for stay, index in ((source, old[0]), (target, old[1])))
         n = int(kept.sum())
@@ -522,16 +524,12 @@ def _indices(mask: Tensor) -> list[int]:
     return mask.nonzero().flatten().tolist()
 
 
-def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+def _parameters(model: nn.Module, modules: dict[str, nn.Module], name: str) -> list[nn.Parameter]:
     """Return the parameters of a layer: of a module, or a parameter that its parent holds directly."""
-    try:
-        return list(model.get_submodule(name).parameters(recurse=False))
-    except AttributeError:
-        return [model.get_parameter(name)]
+    if name in modules:
+        return [p for p in modules[name]._parameters.values() if p is not None]
+    return [model.get_parameter(name)]
 
 
-def _weight(model: nn.Module, name: str) -> nn.Parameter:
-    try:
-        return model.get_submodule(name).weight
-    except AttributeError:
-        return model.get_parameter(name)
+def _weight(model: nn.Module, modules: dict[str, nn.Module], name: str) -> nn.Parameter:
+    return modules[name].weight if name in modules else model.get_parameter(name)

@@ -28,7 +28,8 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
     """
     plan.check_model(model)
     memo: dict[int, object] = {}
-    resized = {name: _slices(model, name, layer) for name, layer in plan.layers.items()}
+    modules = dict(model.named_modules())
+    resized = {name: _slices(model, modules, name, layer) for name, layer in plan.layers.items()}
     for tensors in resized.values():
         for _, _, old, new in tensors:
             memo[id(old)] = new
@@ -113,11 +114,11 @@ def prune_optimizer_state(state: dict, model: nn.Module, plan: PruningPlan, name
     Returns:
         A state dict for an optimizer over the pruned model's parameters in the same order.
     """
-    axes: dict[str, list[tuple[int, list[int]]]] = {}
+    axes: dict[str, list[tuple[int, Tensor]]] = {}
     for layer_name, layer in plan.layers.items():
-        for attribute, tensor in _tensors_of(model, layer_name):
+        for attribute, tensor in _tensors_of(model, dict(model.named_modules()), layer_name):
             full = f"{layer_name}.{attribute}" if attribute else layer_name
-            axes[full] = _axes(layer, tensor)
+            axes[full] = [(axis, torch.tensor(indices)) for axis, indices in _axes(layer, tensor)]
     new = copy.deepcopy({k: v for k, v in state.items() if k != "state"})
     new["state"] = {}
     parameters = dict(model.named_parameters())
@@ -134,16 +135,14 @@ def prune_optimizer_state(state: dict, model: nn.Module, plan: PruningPlan, name
     return new
 
 
-def _tensors_of(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> list[tuple[str, Tensor]]:
     """Return (attribute, tensor) of a layer; attribute "" for a parameter that its parent holds directly."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
+    if name not in modules:
         try:
             return [("", model.get_parameter(name))]
         except AttributeError as error:
             raise PlanError(f"plan: this network has no layer {name}") from error
-    tensors = [*module._parameters.items(), *module._buffers.items()]
+    tensors = [*modules[name]._parameters.items(), *modules[name]._buffers.items()]
     return [(k, t) for k, t in tensors if t is not None and k not in ("select", "place", "num_batches_tracked")]
 
 
@@ -156,24 +155,25 @@ def _axes(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
     return [(0, layer.ins), (1, layer.outs)] if layer.kind == "transposed" else [(0, layer.outs), (1, layer.ins)]
 
 
-def _take(tensor: Tensor, axes: Iterable[tuple[int, list[int]]]) -> Tensor:
+def _take(tensor: Tensor, axes: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Return a tensor of its own with the indices of some axes."""
+    thin = tensor.detach()
     for axis, indices in axes:
-        if len(indices) < tensor.shape[axis]:
-            tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
-    return tensor.detach().clone()
+        if len(indices) < thin.shape[axis]:
+            thin = thin.index_select(axis, indices.to(thin.device))
+    return thin.clone() if thin.data_ptr() == tensor.data_ptr() else thin
 
 
-def _slices(model: nn.Module, name: str, layer: LayerPlan) -> list[tuple[str, str, Tensor, Tensor]]:
+def _slices(model: nn.Module, modules: dict, name: str, layer: LayerPlan) -> list[tuple[str, str, Tensor, Tensor]]:
     found = []
-    for attribute, old in _tensors_of(model, name):
+    kept = {id(indices): torch.tensor(indices) for indices in (layer.ins, layer.outs)}
+    for attribute, old in _tensors_of(model, modules, name):
         axes = _axes(layer, old)
         for axis, indices in axes:
-            size = layer.size[0 if indices is layer.ins else 1]
-            if old.shape[axis] != size:
-                raise PlanError(
-                    f"plan: layer {name} has {old.shape[axis]} channels in this network, {size} in the plan"
-                )
-        new = _take(old, axes)
+            here, planned = old.shape[axis], layer.size[0 if indices is layer.ins else 1]
+            if here != planned:
+                raise PlanError(f"plan: layer {name} has {here} channels in this network, {planned} in the plan")
+        new = _take(old, [(axis, kept[id(indices)]) for axis, indices in axes])
         if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
             new = new.contiguous(memory_format=torch.channels_last)
         if isinstance(old, nn.Parameter):

@@ -4,12 +4,15 @@ In inference mode composite operators are not decomposed, so a few dozen ATen ca
 scripted or functional code called them. Layers are recognised by the identity of their weights.
 """
 
+import functools
+import sys
+import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slimming.channels.cost import macs_of
 from slimming.channels.rules import RULES, Call
@@ -56,7 +59,7 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs))
+        leaves = _flat((*args, *kwargs.values()))
         operands = [t for t in leaves if isinstance(t, Tensor) and id(t) in self.known]
         if operands:
             self.log.append((func, *map(self._sign, leaves)))
@@ -79,7 +82,7 @@ class Watcher(TorchDispatchMode):
         return known if known is not None else (owner[0] if owner else None, leaf.shape)
 
     def _follow(self, call: Call, operands: list[Tensor]) -> None:
-        outputs = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
+        outputs = [t for t in _flat([call.out]) if isinstance(t, Tensor)]
         name = call.func._schema.name.removeprefix("aten::")
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         try:
@@ -101,6 +104,14 @@ class Watcher(TorchDispatchMode):
             atoms = [torch.full((1,) * t.ndim, FROZEN) for t in outputs]
         for tensor, own in zip(outputs, atoms, strict=True):
             self.learn(tensor, own)
+
+
+def _flat(values: Iterable) -> list:
+    """Return the items of nested lists and tuples."""
+    found = []
+    for value in values:
+        found += _flat(value) if isinstance(value, list | tuple) else [value]
+    return found
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -130,6 +141,36 @@ def set_training(model: nn.Module, norms: bool = True) -> nn.Module:
         if random or (not norms and isinstance(module, nn.modules.batchnorm._BatchNorm)):
             module.eval()
     return model
+
+
+def mode_matters(model: nn.Module) -> bool:
+    """Return whether any code of the network may ask for `training`; if none does, one pass shows all there is.
+
+    Of torch.nn itself only BatchNorm and the random layers ask, and those are switched to one behaviour for either pass.
+    """
+    return any(
+        isinstance(m, torch.jit.ScriptModule) or _asks_for_training(type(m))
+        for m in model.modules()
+        if not type(m).__module__.startswith("torch.nn.") and not any(w in type(m).__name__ for w in OFF_IN_TRAINING)
+    )
+
+
+@functools.cache
+def _asks_for_training(kind: type) -> bool:
+    """Search the class, its bases up to torch.nn, and all functions that its Python module defines or imports."""
+    places = [c for c in kind.__mro__ if not c.__module__.startswith(("torch.nn.", "builtins", "typing"))]
+    found = [f for c in places for f in vars(c).values()]
+    for name in {c.__module__ for c in places}:
+        found += vars(sys.modules[name]).values() if name in sys.modules else []
+    found = [getattr(f, "__func__", getattr(f, "fget", f)) for f in found]
+    return any("train" in vars(c) for c in places) or any(
+        _mentions(f.__code__) for f in found if hasattr(f, "__code__")
+    )
+
+
+def _mentions(code: types.CodeType) -> bool:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return "training" in code.co_names or "training" in code.co_consts or any(map(_mentions, inner))
 
 
 def watch(tape: Tape, copied: nn.Module, example: Any, like: list[tuple] | None = None) -> list[tuple]:
