@@ -1,12 +1,12 @@
 """trace + plan + prune (without the proof) against torch-pruning's BNScalePruner, on one core, with exactness side by side.
 
     pip install torch-pruning
-    python benchmarks/prune_speed.py [--only REGEX] [--repeats 3] [--markdown FILE]
+    python benchmarks/prune_speed.py [--only REGEX] [--repeats 5]
 
-Every network gets random BatchNorms of which 40% are planted dead (gamma = beta = 0), independently per layer; both tools
-are asked to remove 40%. Columns: seconds of ours (median) and theirs (once: it is slow); the change of the output, relative
-to its largest value, that each tool makes although only dead channels need go (ours: Threshold(1e-6), ties apart), and the
-difference between prune and mask at 40% (float64); whether each thin network still runs in train mode.
+Every network gets random BatchNorms of which 40% are planted dead (gamma = beta = 0), independently per layer, and both
+tools are asked to remove 40%. Columns: median seconds of ours and theirs (theirs fewer times where it is slow); the largest
+difference between prune and mask at 40% (float64, relative to the largest output); how far the output moves although only
+dead channels need to go (ours: Threshold(1e-6), ties apart); whether each thin network still runs in train mode.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from slimming.channels.watch import call_model, set_training, tensors_in
 
 WITHOUT_BATCHNORM = re.compile("alexnet|convnext|squeezenet|swin|vit_|vgg[0-9]+$")
 SIZES = {"maxvit_t": 224, "inception_v3": 299}
+HUGE = 200_000_000  # parameters; above, exactness is checked in float32, for the sake of memory
 DETECTION = {
     "fasterrcnn_resnet50_fpn": {"min_size": 64, "max_size": 64},
     "ssdlite320_mobilenet_v3_large": {},
@@ -96,7 +97,8 @@ def ours(model, example, repeats: int) -> dict:
         thin = once()
         times.append(time.perf_counter() - start)
     result = {"seconds": statistics.median(times), "trains": trains(thin, example)}
-    model, example = copy.deepcopy(model).double(), double(example)
+    if sum(p.numel() for p in model.parameters()) < HUGE:
+        model, example = copy.deepcopy(model).double(), double(example)
     graph = slimming.trace(model, example)
     plan = graph.plan(slimming.GlobalRatio(0.4))
     if plan.compare == "outputs":
@@ -113,42 +115,47 @@ def ours(model, example, repeats: int) -> dict:
     return result
 
 
-def theirs(model, example) -> dict:
+def theirs(model, example, repeats: int) -> dict:
     import torch_pruning as tp
 
+    if not isinstance(example, torch.Tensor):
+        return {"seconds": float("nan"), "change": "not run", "trains": "-"}
     before = outputs(model, example)
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (10, 1000)]
-    thin = copy.deepcopy(model)
-    ignored = [dict(thin.named_modules())[n] for n, m in model.named_modules() if m in heads]
-    start = time.perf_counter()
-    try:
-        importance = tp.importance.BNScaleImportance()
-        options = {"pruning_ratio": 0.4, "global_pruning": True, "ignored_layers": ignored}
-        tp.pruner.BNScalePruner(thin, example, importance=importance, **options).step()
-        seconds = time.perf_counter() - start
-        change = f"{relative_difference(outputs(thin, example), before):.0%}"
-    except Exception as error:
-        return {"seconds": time.perf_counter() - start, "change": f"crashes ({type(error).__name__})", "trains": "-"}
-    return {"seconds": seconds, "change": change, "trains": trains(thin, example)}
+    times: list[float] = []
+    while not times or (sum(times) < 2 and len(times) < repeats):
+        thin = copy.deepcopy(model)  # not counted: it prunes in place
+        ignored = [dict(thin.named_modules())[n] for n, m in model.named_modules() if m in heads]
+        start = time.perf_counter()
+        try:
+            importance = tp.importance.BNScaleImportance()
+            options = {"pruning_ratio": 0.4, "global_pruning": True, "ignored_layers": ignored}
+            tp.pruner.BNScalePruner(thin, example, importance=importance, **options).step()
+        except Exception as error:
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds, "change": f"crashes ({type(error).__name__})", "trains": "-"}
+        times.append(time.perf_counter() - start)
+    change = f"{relative_difference(outputs(thin, example), before):.0%}"
+    return {"seconds": statistics.median(times), "change": change, "trains": trains(thin, example)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="regular expression of network names")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     names = [n for n in zoo.list_models(module=zoo) if not WITHOUT_BATCHNORM.match(n)]
     names += ["preresnet164", "densenet40", *DETECTION]
-    print(f"torch {torch.__version__}, one thread, ours: median of {options.repeats}, theirs: once\n")
+    print(f"torch {torch.__version__}, one thread, median of {options.repeats} (theirs fewer where slow)\n")
     print("| network | ours (s) | theirs (s) | theirs / ours | prune - mask | change, ours | change, theirs | trains |")
     print("|---|---|---|---|---|---|---|---|")
     for name in (n for n in names if re.match(options.only, n)):
         model, example = build(name)
         a = ours(model, example, options.repeats)
-        b = theirs(model, example)
-        ratio = "-" if "crashes" in b["change"] else f"{b['seconds'] / a['seconds']:.1f}"
+        b = theirs(model, example, options.repeats)
+        ratio = "-" if b["change"].startswith(("crashes", "not")) else f"{b['seconds'] / a['seconds']:.1f}"
         print(
             f"| {name} | {a['seconds']:.2f} | {b['seconds']:.2f} | {ratio} | {a['exact']} | {a['change']} | {b['change']} "
             f"| {a['trains']} / {b['trains']} |",

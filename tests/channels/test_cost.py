@@ -17,6 +17,8 @@ def test_convolutions_and_linear_layers():
     counted = cost(net, torch.zeros(3, 4, 8, 8))
     assert counted.layers == {"0": 16 * 6 * 2 * 9, "1": 16 * 6 * 3 * 4, "3": 192 * 5}
     assert counted.macs == sum(counted.layers.values()) and counted.flops == 2 * counted.macs
+    assert counted.activation_bytes == 4 * (6 * 16 + 3 * 64 + 5)  # the flattening is a view
+    assert counted.layer_params == {"0": 6 * 2 * 9 + 6, "1": 6 * 3 * 4 + 3, "3": 192 * 5 + 5}
     assert counted.num_params == (6 * 2 * 9 + 6) + (6 * 3 * 4 + 3) + (192 * 5 + 5)
 
 

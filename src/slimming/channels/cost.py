@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a network, counted from the operators that really run.
+"""Parameters, multiply-accumulates and activations of a network, counted from the operators that really run.
 
 Convention: MACs of convolutions, transposed convolutions and matrix products; BatchNorm, activations, pooling and
 additions count nothing. FLOPs = 2 * MACs.
@@ -22,12 +22,17 @@ class Cost:
     Attributes:
         num_params: elements of all parameters, shared ones once.
         macs: multiply-accumulates of one forward pass on the example, divided by its batch size.
+        activation_bytes: of all tensors that the operators of that pass write, per item; views and in-place results count
+            nothing.
         layers: macs by the name of the layer whose weight is used; "" for products of activations.
+        layer_params: parameters that each module holds itself, by its name.
     """
 
     num_params: int
     macs: int
+    activation_bytes: int = 0
     layers: dict[str, int] = field(default_factory=dict)
+    layer_params: dict[str, int] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -39,9 +44,14 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.names = names
         self.layers: dict[str, int] = {}
+        self.written: dict[int, torch.UntypedStorage] = {}  # kept alive: no address serves twice
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.written.setdefault(storage.data_ptr(), storage)
         if count := macs_of(func, args, out):
             operands = [a for a in args if isinstance(a, torch.Tensor)]
             name = next((self.names[a.data_ptr()] for a in operands if a.data_ptr() in self.names), "")
@@ -87,4 +97,13 @@ def cost(model: nn.Module, example: torch.Tensor) -> Cost:
     with torch.inference_mode(), counter:
         model(example)
     layers = {name: count // len(example) for name, count in counter.layers.items()}
-    return Cost(sum(p.numel() for p in model.parameters()), sum(layers.values()), layers)
+    given = {t.untyped_storage().data_ptr() for t in (example, *model.parameters(), *model.buffers())}
+    written = sum(s.nbytes() for address, s in counter.written.items() if address not in given)
+    held = {n: sum(p.numel() for p in m.parameters(recurse=False)) for n, m in model.named_modules()}
+    return Cost(
+        num_params=sum(p.numel() for p in model.parameters()),
+        macs=sum(layers.values()),
+        activation_bytes=written // len(example),
+        layers=layers,
+        layer_params={name: count for name, count in held.items() if count},
+    )
