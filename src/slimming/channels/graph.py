@@ -80,20 +80,16 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
         log = watching.watch(tape, copied.eval(), example)
     except Exception as error:
         raise GraphError(f"the network fails on the example input: {type(error).__name__}: {error}") from error
-    evaluated = len(tape.uses)
-    marks = (tape.count, *(len(entries) for entries in (tape.ties, tape.frozen, tape.doubtful, tape.zeros)))
-    macs = tape.other_macs
+    evaluated, mark = len(tape.uses), tape.mark()
     try:
         if train_input is not None or watching.mode_matters(model):
             watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
-            watching.watch(tape, copied, example if train_input is None else train_input, like=log)
+            if watching.watch(tape, copied, example if train_input is None else train_input) == log:
+                tape.rewind(mark)
+            tape.other_macs = mark[1]  # costs are those of eval mode
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        tape.count = marks[0]
-        for entries, mark in zip((tape.ties, tape.frozen, tape.doubtful, tape.zeros), marks[1:], strict=True):
-            del entries[mark:]
-        del tape.uses[evaluated:]
-    tape.other_macs = macs
+        tape.rewind(mark)
     graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
     if tape.doubtful:
         _settle_doubts(graph)

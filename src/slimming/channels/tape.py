@@ -69,6 +69,19 @@ class Tape:
         self.sources: dict[str, Tensor] = {}  # what a SelectBatchNorm selects from, until it runs
         self.other_macs = 0  # of products of activations, which pruning does not change
 
+    def mark(self) -> tuple[int, ...]:
+        """Return a point to rewind to."""
+        lists = (self.ties, self.frozen, self.doubtful, self.zeros, self.uses)
+        return (self.count, self.other_macs, *map(len, lists))
+
+    def rewind(self, mark: tuple[int, ...]) -> None:
+        """Forget what was written after `mark`."""
+        self.count, self.other_macs, *lengths = mark
+        for entries, length in zip(
+            (self.ties, self.frozen, self.doubtful, self.zeros, self.uses), lengths, strict=True
+        ):
+            del entries[length:]
+
     def fresh(self, shape: Sequence[int]) -> Tensor:
         """Return new atoms of a compact shape."""
         n = int(torch.Size(shape).numel())

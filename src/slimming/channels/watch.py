@@ -22,15 +22,12 @@ from slimming.errors import GraphError
 OFF_IN_TRAINING = ("Dropout", "StochasticDepth", "DropPath")  # random layers: watched and compared switched off
 
 
-_FROZEN = torch.zeros(1, dtype=torch.long)
-
-
 class Watcher(TorchDispatchMode):
-    """Follows atoms through a forward pass and writes to a Tape; without `follow` only its log."""
+    """Follows atoms through a forward pass and writes to a Tape."""
 
-    def __init__(self, tape: Tape, model: nn.Module, follow: bool = True):
+    def __init__(self, tape: Tape, model: nn.Module):
         super().__init__()
-        self.tape, self.follow = tape, follow
+        self.tape = tape
         self.log: list[tuple] = []  # every call with where its arguments come from
         self.serial: dict[int, tuple[int, int]] = {}
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (tensor, kept alive; its atoms)
@@ -63,10 +60,6 @@ class Watcher(TorchDispatchMode):
         operands = [t for t in leaves if isinstance(t, Tensor) and id(t) in self.known]
         if operands:
             self.log.append((func, *map(self._sign, leaves)))
-            if not self.follow:
-                for tensor in tensors_in(out):
-                    self.learn(tensor, _FROZEN)
-                return out
             self.read.update(map(id, operands))
             uses = len(self.tape.uses)
             self._follow(Call(func, args, kwargs, out, self.atoms_of, self.owner_of), operands)
@@ -173,42 +166,31 @@ def _mentions(code: types.CodeType) -> bool:
     return "training" in code.co_names or "training" in code.co_consts or any(map(_mentions, inner))
 
 
-def watch(tape: Tape, copied: nn.Module, example: Any, like: list[tuple] | None = None) -> list[tuple]:
+def watch(tape: Tape, copied: nn.Module, example: Any) -> list[tuple]:
     """Run a (light) copy of a network on the example and write down what happens; network outputs are frozen.
 
-    Args:
-        like: the log of an earlier pass; a pass of the same log is not written down again.
-
     Returns:
-        The log of the calls.
+        The log of the calls: two passes of equal logs write down the same.
 
     Raises:
         Exception: whatever the model raises on this input.
     """
-    if like is not None:
-        log = _run(Watcher(tape, copied, follow=False), copied, example)[0]
-        if log == like:
-            return log
     watcher = Watcher(tape, copied)
-    log, output = _run(watcher, copied, example)
-    given = {id(t) for t in tensors_in(output)}
-    for key, (_, atoms) in watcher.known.items():
-        if key in given or key not in watcher.read:  # unread: it may leave the network in some object
-            tape.freeze(atoms, "network output")
-    return log
-
-
-def _run(watcher: Watcher, model: nn.Module, example: Any) -> tuple[list[tuple], Any]:
     hook = nn.modules.module.register_module_forward_pre_hook(watcher.enter)
     try:
         with torch.inference_mode():
             for tensor in tensors_in(example):
                 watcher.learn(tensor, torch.full((1,) * tensor.ndim, FROZEN))
             with watcher:
-                output = call_model(model, example)
+                output = call_model(copied, example)
     finally:
         hook.remove()
-    return [*watcher.log, ("output", *(watcher.serial.get(id(t)) for t in tensors_in(output)))], output
+    outputs = tensors_in(output)
+    given = {id(t) for t in outputs}
+    for key, (_, atoms) in watcher.known.items():
+        if key in given or key not in watcher.read:  # unread: it may leave the network in some object
+            tape.freeze(atoms, "network output")
+    return [*watcher.log, ("output", *(watcher.serial.get(id(t)) for t in outputs))]
 
 
 def tensors_in(value: Any, depth: int = 0) -> list[Tensor]:
