@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import re
+import signal
 import statistics
 import time
 import warnings
@@ -28,6 +29,7 @@ from slimming.channels.watch import call_model, set_training, tensors_in
 
 WITHOUT_BATCHNORM = re.compile("alexnet|convnext|squeezenet|swin|vit_|vgg[0-9]+$")
 SIZES = {"maxvit_t": 224, "inception_v3": 299}
+LIMIT_S = 100  # for one pruning by the other tool
 HUGE = 200_000_000  # parameters; above, exactness is checked in float32, for the sake of memory
 DETECTION = {
     "fasterrcnn_resnet50_fpn": {"min_size": 64, "max_size": 64},
@@ -127,19 +129,29 @@ def theirs(model, example, repeats: int) -> dict:
         thin = copy.deepcopy(model)  # not counted: it prunes in place
         ignored = [dict(thin.named_modules())[n] for n, m in model.named_modules() if m in heads]
         start = time.perf_counter()
+        signal.alarm(LIMIT_S)
         try:
             importance = tp.importance.BNScaleImportance()
             options = {"pruning_ratio": 0.4, "global_pruning": True, "ignored_layers": ignored}
             tp.pruner.BNScalePruner(thin, example, importance=importance, **options).step()
+        except TimeoutError:
+            return {"seconds": LIMIT_S, "change": f"not done in {LIMIT_S} s", "trains": "-"}
         except Exception as error:
             seconds = time.perf_counter() - start
             return {"seconds": seconds, "change": f"crashes ({type(error).__name__})", "trains": "-"}
+        finally:
+            signal.alarm(0)
         times.append(time.perf_counter() - start)
     change = f"{relative_difference(outputs(thin, example), before):.0%}"
     return {"seconds": statistics.median(times), "change": change, "trains": trains(thin, example)}
 
 
+def give_up(*_) -> None:
+    raise TimeoutError
+
+
 def main() -> None:
+    signal.signal(signal.SIGALRM, give_up)
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="regular expression of network names")
     parser.add_argument("--repeats", type=int, default=5)
