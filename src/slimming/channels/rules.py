@@ -140,7 +140,7 @@ def index_select(tape: Tape, call: Call) -> Tensor:
         raise Unknown("indices that are written into forward")
     source = _channels(call, call.args[0], 1)
     tape.sources[owner[0].removesuffix(".select")] = source
-    return _along(source[call.args[2]], 1, call.out.ndim)
+    return _along(source[call.args[2].cpu()], 1, call.out.ndim)
 
 
 def index_copy(tape: Tape, call: Call) -> Tensor:
@@ -149,7 +149,7 @@ def index_copy(tape: Tape, call: Call) -> Tensor:
     owner = call.owner_of(index)
     if owner is None or axis != 1 or call.atoms_of(out) is not None:
         raise Unknown("indices that are written into forward")
-    target = tape.fresh((out.shape[1],))
+    target, index = tape.fresh((out.shape[1],)), index.cpu()
     empty = torch.ones(len(target), dtype=torch.bool)
     empty[index] = False
     tape.zeros.append(Zero("always", target[empty]))
