@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from exactness import assert_exact, empty_sides, randomise, widen
-from test_models import check_planted, plant
+from test_own_networks import check_planted, plant
 from torchvision import models as zoo
 
 import slimming
