@@ -7,18 +7,7 @@ import torch
 from torch import nn
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
-_SHARED = (
-    int,
-    float,
-    str,
-    bool,
-    type(None),
-    type,
-    torch.dtype,
-    torch.Size,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
+_SHARED = {int, float, str, bool, type(None), type, torch.dtype, types.FunctionType, types.BuiltinFunctionType}
 
 
 def copy_model(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
@@ -60,11 +49,11 @@ def _contents(module: nn.Module, memo: dict[int, object]) -> dict:
     for key, value in module.__dict__.items():
         if key in _CONTAINERS:
             new[key] = {k: None if v is None else _known(v, memo) for k, v in value.items()}
-        elif isinstance(value, _SHARED):
+        elif type(value) in _SHARED:
             new[key] = value
         elif isinstance(value, dict | set) and not value:
             new[key] = value.copy()
-        elif isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value):
+        elif isinstance(value, tuple) and all(type(v) in _SHARED for v in value):
             new[key] = value
         else:
             new[key] = copy.deepcopy(value, memo)

@@ -150,12 +150,13 @@ class PruningPlan:
 
 def fingerprint(model: nn.Module) -> str:
     """Hash the names and shapes of parameters and buffers, and the indices of selecting BatchNorms."""
-    digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)};".encode())
-        if name.endswith((".select", ".place")):
-            digest.update(str(tensor.tolist()).encode())
-    return digest.hexdigest()[:32]
+    parts = []
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                indices = tensor.tolist() if name in ("select", "place") else ""
+                parts.append(f"{prefix}.{name} {[*tensor.shape]} {indices}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def describe_network(model: nn.Module) -> str:
