@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from torch import nn
 
 from slimming import checkpoint, models
-from slimming.channels.cost import cost
+from slimming.channels.cost import cost, widths
 from slimming.channels.penalty import near_zero_share, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
@@ -150,6 +150,8 @@ def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
         "data": type(data).__name__.lower(),
         "metrics": metrics,
         "cost": {"num_params": costs.num_params, "macs": costs.macs},
+        "activation_bytes": costs.activation_bytes,
+        "widths": widths(model),
         "history": recorder.history,
         "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
         "size_bytes": sum(v.numel() * v.element_size() for v in module.model.state_dict().values()),

@@ -6,6 +6,9 @@ additions count nothing. FLOPs = 2 * MACs.
 
 import copy
 import math
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -107,3 +110,36 @@ def cost(model: nn.Module, example: torch.Tensor) -> Cost:
         layers=layers,
         layer_params={name: count for name, count in held.items() if count},
     )
+
+
+def widths(model: nn.Module) -> list[int | str]:
+    """List the channels of every BatchNorm and an "M" for every max pooling, as the public codes print a network's `cfg`."""
+    found: list[int | str] = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found.append(module.num_features)
+        elif isinstance(module, nn.MaxPool2d):
+            found.append("M")
+    return found
+
+
+def latency_ms(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int = 15) -> dict[str, float]:
+    """Time forward passes in turns, so that all meet the same machine.
+
+    Args:
+        runs: functions that run one network each; called once more before the clock starts.
+
+    Returns:
+        Median wall time of each, in milliseconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if turn:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
