@@ -36,3 +36,11 @@ def small():
 def _home(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _data_anew():
+    """No test gets the data that another has loaded."""
+    from slimming.stages import common
+
+    common._last_data.cache_clear()

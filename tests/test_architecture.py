@@ -16,9 +16,10 @@ ROOMS = {  # room -> rooms it may import; `errors` is free to all
     "data": set(),
     "report": {"channels"},
     "checkpoint": {"channels", "models"},
+    "ports": {"channels", "checkpoint"},
     "training": {"channels", "checkpoint"},
     "config": set(),
-    "stages": {"channels", "models", "data", "report", "checkpoint", "training", "config"},
+    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config"},
     "entry": {"config", "stages"},
     "__init__": set(),
 }

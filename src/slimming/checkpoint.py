@@ -1,7 +1,8 @@
 """The one file format: a Lightning checkpoint with a "slimming" record, read as data (`weights_only=True`).
 
-The record: {format, model: {name, arguments} or None, plans, data: statistics, stage, metrics, config}. All of it is
-plain data; the model is a name in `slimming.models` with plain arguments.
+The record: {format, model: {name, arguments} or None, plans, data: statistics, stage, metrics, config: of the training}.
+All of it is plain data; the model is a name in `slimming.models` with plain arguments, the plans are those that led from
+it to this network, in order.
 """
 
 import copy
@@ -10,10 +11,13 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from slimming.channels.plan import PruningPlan
+from slimming.channels.surgery import prune
 from slimming.errors import CheckpointError
 
 FORMAT = 1
@@ -48,19 +52,7 @@ def read(path: str | os.PathLike) -> dict:
     Raises:
         CheckpointError: missing, truncated, foreign, of a newer format, or holding code (which is not run).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of ours: it is damaged or holds objects other than tensors and plain data, "
-            "which are not loaded because they could run code"
-        ) from error
-    except Exception as error:  # a truncated archive raises many things
-        hint = "" if zipfile.is_zipfile(path) else " (truncated, or not a checkpoint)"
-        raise CheckpointError(f"{path} cannot be read{hint}: {' '.join(str(error).split())[:200]}") from error
+    content = read_data(path)
     record = content.get("slimming") if isinstance(content, dict) else None
     if not isinstance(record, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} was not written by slimming: it has no 'slimming' record")
@@ -69,37 +61,68 @@ def read(path: str | os.PathLike) -> dict:
     return content
 
 
+def read_data(path: str | os.PathLike) -> Any:
+    """Read any file of torch.save onto the CPU that holds tensors and plain data alone; errors as `read`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of ours: it is damaged or holds objects other than tensors and plain data, "
+            "which are not loaded because they could run code"
+        ) from error
+    except Exception as error:  # a truncated archive raises many things
+        hint = "" if zipfile.is_zipfile(path) else " (truncated, or not a checkpoint)"
+        raise CheckpointError(f"{path} cannot be read{hint}: {' '.join(str(error).split())[:200]}") from error
+
+
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Rebuild the network of a checkpoint, in eval mode on the CPU.
 
     Args:
         path: a checkpoint of any stage.
-        model: the network, for one that is not registered in `slimming.models`; a copy of it is filled.
+        model: the dense network, for one that is not registered in `slimming.models`; a copy of it is pruned and filled.
 
     Raises:
         CheckpointError: as `read`; or the checkpoint does not name a registered model and none is given, or the weights
             belong to another architecture.
     """
-    content = read(path)
-    model = build_model(content["slimming"], path) if model is None else copy.deepcopy(model)
-    load_weights(model, content, path)
-    return model.eval()
+    return rebuild(read(path), path, model)
 
 
-def build_model(record: dict, path: str | os.PathLike) -> nn.Module:
-    """Build the dense network that a record names, with fresh weights."""
-    from slimming import models
-
-    spec = record.get("model")
-    if not spec:
-        raise CheckpointError(
-            f"{path} holds a network that is not registered in slimming.models: load(path, model=...)"
-        )
-    return models.build(spec["name"], **spec["arguments"])
+def rebuild(content: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """Do what `load` does with the content of a checkpoint that was read already."""
+    thin = architecture(content["slimming"], path, model)
+    weights = load_weights(thin, content, path)
+    if floats := [w.dtype for w in weights.values() if w.is_floating_point()]:
+        thin.to(floats[0])
+        thin.load_state_dict(weights)  # again, where the first time rounded
+    return thin.eval()
 
 
-def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> None:
-    """Copy the weights of a checkpoint's content into `model`.
+def architecture(record: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """Build the network that a record describes, its plans applied, with fresh weights (or sliced ones of `model`)."""
+    if model is None:
+        from slimming import models
+
+        spec = record.get("model")
+        if not spec:
+            raise CheckpointError(
+                f"{path} holds a network that is not registered in slimming.models: load(path, model=...), "
+                "or +model._target_=<class> on the command line"
+            )
+        model = models.build(spec["name"], **spec["arguments"])
+    else:
+        model = copy.deepcopy(model)
+    for plan in record["plans"]:
+        model = prune(model, PruningPlan.from_dict(plan), verify=False)
+    return model
+
+
+def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Copy the weights of a checkpoint's content into `model`; return them.
 
     Raises:
         CheckpointError: of another architecture; names the first difference.
@@ -114,6 +137,7 @@ def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> No
                 f"{path} holds another architecture ({kind}): {key} is {there} there and {here} in this network"
             )
     model.load_state_dict(weights)
+    return weights
 
 
 def describe(record: dict) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.errors import ConfigError, check_number
+from slimming.errors import ConfigError, check_choice, check_number
 
 
 @dataclass
@@ -41,26 +41,126 @@ class TrainConfig:
     init_from: str | None = None
 
 
+@dataclass
+class BudgetConfig:
+    """The share of the dense cost that may remain, in (0, 1]; one of the two."""
+
+    macs: float | None = None
+    params: float | None = None
+
+
+@dataclass
+class CalibrateConfig:
+    """How many training batches the BatchNorm statistics are re-estimated on after pruning; 0: not at all."""
+
+    batches: int = 100
+
+
+@dataclass
+class PruneConfig:
+    """One pruning. In the groups, None stands for the value of the checkpoint's training."""
+
+    checkpoint: str | None = None
+    criterion: str | None = None
+    ratio: float | None = None
+    threshold: float | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    delta: float = 1e-3
+    convention: str = "exact"
+    ties: str = "together"
+    min_channels: int = 1
+    max_layer_ratio: float = 1.0
+    round_to: int = 1
+    ignore: list[str] = field(default_factory=list)
+    reduce: str = "max"
+    score: str = "gamma"
+    seed: int = 1
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    test: bool = True
+    latency_batch: int = 64
+    inspect: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
+NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
+
+
+def criterion_name(config: PruneConfig) -> str:
+    """Return which criterion the values ask for: global, per_layer, threshold, optimal or budget.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    values = {"ratio": config.ratio, "threshold": config.threshold}
+    values |= {"budget.macs": config.budget.macs, "budget.params": config.budget.params}
+    given = tuple(key for key, value in values.items() if value is not None)
+    if config.criterion is not None:
+        check_choice("criterion", config.criterion, NEEDS)
+    fits = [name for name, keys in NEEDS.items() if given in ((key,) for key in keys) or (not given and not keys)]
+    name = config.criterion or next((f for f in fits if f != "optimal"), None)
+    if name in fits:
+        return name
+    got = [f"criterion={config.criterion}"] * bool(config.criterion) + [f"{key}={values[key]}" for key in given]
+    raise ConfigError(
+        "give exactly one criterion: ratio=0.7 (of all channels; with criterion=per_layer of each layer's), "
+        "budget.macs=0.5 or budget.params=0.5 (the share that may remain), threshold=1e-3, or criterion=optimal; "
+        f"got {' and '.join(got) or 'none'}"
+    )
+
+
+def tag(name: str, value: Any) -> str:
+    """Name a value in a folder's name: `_ratio-0.3`, nothing for None; no `=` or comma, which Hydra could not read back."""
+    if value is None:
+        return ""
+    return f"_{name}-{value:g}" if isinstance(value, int | float) else f"_{name}-{value}"
+
+
 def register() -> None:
     """Tell Hydra the schemas that the YAML files in configs/ start from."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    for name, schema in (("train_schema", TrainConfig), ("prune_schema", PruneConfig)):
+        ConfigStore.instance().store(name=name, node=schema)
+    OmegaConf.register_new_resolver("tag", tag, replace=True)
 
 
-def check(cfg: DictConfig) -> TrainConfig:
+def check(cfg: DictConfig) -> Any:
     """Turn a composed configuration into its dataclass and check the ranges of the top level.
 
     Raises:
         ConfigError: a value out of range, or values that exclude each other.
     """
-    config: TrainConfig = OmegaConf.to_object(cfg)
-    check_number("sparsity", config.sparsity, 0)
+    config = OmegaConf.to_object(cfg)
     check_number("seed", config.seed, 0, 2**32 - 1, whole=True)
+    if isinstance(config, TrainConfig):
+        _check_train(config)
+    else:
+        _check_prune(config)
+    return config
+
+
+def _check_train(config: TrainConfig) -> None:
+    check_number("sparsity", config.sparsity, 0)
     check_number("trainer.max_epochs", config.trainer.get("max_epochs"), 1, whole=True)
     if config.resume and config.init_from:
         raise ConfigError(
             "resume=true and init_from exclude each other: resume goes on with the run directory's own run"
         )
-    return config
+
+
+def _check_prune(config: PruneConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/last.ckpt is needed: the network to prune")
+    if not config.inspect:
+        criterion_name(config)
+    check_number("calibrate.batches", config.calibrate.batches, 0, whole=True)
+    check_number("latency_batch", config.latency_batch, 0, whole=True)
+    devices = config.trainer.get("devices")
+    if devices not in (None, 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigError(
+            f"trainer.devices must be 1 (or a list of one device), got {devices}: pruning takes one device"
+        )
 
 
 def plain(config: Any) -> dict:

@@ -399,6 +399,7 @@ class ChannelGraph:
         got = {"removed": gone, "candidates": len(choice.gammas), "ratio": gone / len(choice.gammas)}
         got |= {"put_back": int((chosen & stays).sum()), "followed": int((~solution.kept).sum()) - gone}
         got |= self.cost_share(solution)
+        got["highest_score"] = float(choice.score[removed].max()) if bool(removed.any()) else None
         return PruningPlan(
             fingerprint=fingerprint(self.model),
             network=describe_network(self.model),

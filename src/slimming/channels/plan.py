@@ -64,7 +64,8 @@ class PruningPlan:
         layers: what stays of every layer that changes.
         asked: the criterion, with its values.
         got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
-            back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain).
+            back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain),
+            highest_score (of what was chosen; None if nothing was).
         compare: what the proof compares: the network's `outputs`; or, where the network sorts or selects by score, so that
             rounding turns into other choices, the outputs of all `layers` that keep every channel.
         train_watched: whether the network could be run in train mode, too; else why not.

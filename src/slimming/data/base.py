@@ -1,5 +1,7 @@
 """What all data modules share: splits, loaders, augmentation."""
 
+from collections.abc import Iterator
+
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -118,17 +120,31 @@ class ImageData(LightningDataModule):
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
         images, labels = batch
-        training = self.trainer is not None and self.trainer.training
+        if self.trainer is None:
+            return self.transform(images), labels
+        images = self.transform(images, augment=self.augment and self.trainer.training)
+        return images.to(self.trainer.lightning_module.dtype), labels
+
+    def transform(self, images: torch.Tensor, augment: bool = False) -> torch.Tensor:
+        """Normalise uint8 images (N, C, H, W); crop and flip them, too, with `augment`."""
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
         images = normalise(images, mean, std)
-        if training and self.augment:
-            if self.crop:
-                images = random_crop(images, self.crop, 0 * mean if self.pad == "mean" else -mean / std)
-            if self.flips:
-                images = random_flip(images)
-        if self.trainer is not None:
-            images = images.to(self.trainer.lightning_module.dtype)
-        return images, labels
+        if augment and self.crop:
+            images = random_crop(images, self.crop, 0 * mean if self.pad == "mean" else -mean / std)
+        if augment and self.flips:
+            images = random_flip(images)
+        return images
+
+    def training_batches(self, count: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield `count` batches of training images as a training sees them, the same ones each time."""
+        loader = self.train_dataloader()
+        for number in range(count):
+            epoch, place = divmod(number, len(loader))
+            if place == 0:
+                torch.manual_seed(mix(self.seed, epoch))
+                loader.sampler.set_epoch(epoch)
+                batches = iter(loader)
+            yield self.transform(next(batches)[0].to(device), self.augment)
 
 
 def split_off(labels: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:

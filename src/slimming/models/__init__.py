@@ -14,7 +14,7 @@ from slimming.models.densenet import densenet
 from slimming.models.mlp import mlp
 from slimming.models.preresnet import preresnet
 from slimming.models.vgg import vgg
-from slimming.models.zoo import torchvision
+from slimming.models.zoo import NORMALISING, torchvision
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f for f in (vgg, preresnet, densenet, convnet, mlp, torchvision)
@@ -30,6 +30,14 @@ def build(name: str, /, **arguments) -> nn.Module:
     if name not in REGISTRY:
         raise ConfigError(f"no model is registered as {name!r}; there are {', '.join(REGISTRY)}")
     return REGISTRY[name](**arguments)
+
+
+def spec(name: str, arguments: dict) -> dict:
+    """Return {name, arguments} that rebuild a network's architecture: without the pretrained weights it started from."""
+    if arguments.get("weights"):
+        normalises = {"transform_input": True} if arguments["name"] in NORMALISING else {}
+        arguments = arguments | {"weights": None} | normalises
+    return {"name": name, "arguments": arguments}
 
 
 def label(name: str, arguments: dict) -> str:

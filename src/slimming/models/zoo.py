@@ -9,6 +9,8 @@ from torch import nn
 from slimming.errors import ConfigError, check_number
 from slimming.models.init import check_head
 
+NORMALISING = ("googlenet", "inception_v3")  # with pretrained weights they change the normalisation of their input
+
 
 def torchvision(
     name: str,
@@ -16,6 +18,7 @@ def torchvision(
     num_classes: int = 10,
     in_channels: int = 3,
     gamma_init: float | None = None,
+    transform_input: bool = False,
 ) -> nn.Module:
     """Build a torchvision classification model.
 
@@ -23,6 +26,7 @@ def torchvision(
         name: as in `torchvision.models`, e.g. `mobilenet_v2`.
         weights: None, a torchvision weights name (`DEFAULT`, `IMAGENET1K_V2`), or the path of a state dict on disk.
         gamma_init: sets every BatchNorm scale; None keeps torchvision's own (1, or what `weights` brings).
+        transform_input: GoogLeNet and Inception as `weights` would make them: the input's normalisation is changed.
 
     Raises:
         ConfigError: unknown name or weights, or weights that cannot be had.
@@ -36,8 +40,10 @@ def torchvision(
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
         raise ConfigError(f"model.name={name!r} is not a torchvision classification model; {hint}")
     # These two warn unless told how to initialise; True is what they do today.
-    told = {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
+    told = {"init_weights": True} if name in NORMALISING and weights is None else {}
     model = models.get_model(name, weights=None, **told) if weights is None else _pretrained(models, name, weights)
+    if transform_input and name in NORMALISING:
+        model.transform_input = True
     _fit_head(model, num_classes)
     _fit_stem(model, in_channels)
     if gamma_init is not None:

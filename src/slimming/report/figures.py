@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-DARK, MIDDLE = "#1b3a6b", "#e08214"
+DARK, MIDDLE, LIGHT = "#1b3a6b", "#e08214", "#c9d6ea"
 
 
 def curves(history: list[dict], path: Path) -> None:
@@ -61,6 +61,55 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: fl
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(f"{int(sum(counts[-1])):,} BatchNorm scales, lambda {sparsity:g}; lines: quantiles", fontsize=11)
     figure.colorbar(mesh, label="share of gammas (%)", ticks=[0, 1, 5, 20, 50, 100])
+    _save(figure, path)
+
+
+def widths(before: list, after: list, path: Path) -> None:
+    """Draw how many channels every BatchNorm kept and lost; entries as the public codes' `cfg` ("M": a pooling)."""
+    plt = _pyplot()
+    pairs = [(b, a) for b, a in zip(before, after, strict=True) if b != "M"]
+    old, new = (np.array(column) for column in zip(*pairs, strict=True))
+    place = np.arange(1, len(old) + 1)
+    figure, axis = plt.subplots(figsize=(max(6.5, min(14, 0.32 * len(old))), 3.8), layout="constrained")
+    axis.bar(place, new, color=DARK, label=f"kept: {new.sum():,}")
+    axis.bar(place, old - new, bottom=new, color=LIGHT, label=f"removed: {(old - new).sum():,}")
+    if len(old) <= 40:
+        for x, a, b in zip(place, new, old, strict=True):
+            axis.annotate(f"{a}", (x, b), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axis.set(xlabel="BatchNorm layer, in order", ylabel="channels", xlim=(0.3, len(old) + 0.7))
+    axis.margins(y=0.12)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=8)
+    axis.set_title(f"{new.sum() / old.sum():.1%} of {old.sum():,} channels kept (numbers: kept)", fontsize=11)
+    _save(figure, path)
+
+
+def split_gammas(kept: list[int], removed: list[int], edges: list[float], threshold: float | None, path: Path) -> None:
+    """Draw the distribution of |gamma| before pruning, kept and removed ones stacked, and the threshold between them.
+
+    Args:
+        kept, removed: counts per bin.
+        edges: of the bins, the first bin starting at 0.
+        threshold: None where there is no common one.
+    """
+    plt = _pyplot()
+    counts = np.array([kept, removed])
+    used = np.flatnonzero(counts.sum(0))
+    low, high = used[0], used[-1]
+    log_edges = np.log10(np.array(edges[1:]))
+    y = np.concatenate(([2 * log_edges[0] - log_edges[1]], log_edges))  # a place for the bin from 0
+    left, width = y[low : high + 1], np.diff(y)[low : high + 1]
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    kept_part, removed_part = counts[:, low : high + 1]
+    axis.bar(left, kept_part, width, align="edge", color=DARK, label=f"kept: {sum(kept):,}")
+    axis.bar(left, removed_part, width, kept_part, align="edge", color=LIGHT, label=f"removed: {sum(removed):,}")
+    if threshold:
+        axis.axvline(np.log10(threshold), color=MIDDLE, linestyle="--", label=f"threshold {threshold:.3g}")
+    ticks = np.arange(np.ceil(y[low]), np.floor(y[high + 1]) + 1)
+    axis.set_xticks(ticks, [f"$10^{{{t:.0f}}}$" for t in ticks])
+    axis.set(xlabel="|gamma| before pruning" + " (leftmost bar: from 0)" * bool(low == 0), ylabel="channels")
+    axis.legend(fontsize=8)
+    axis.set_title(f"{counts.sum():,} BatchNorm scales", fontsize=11)
     _save(figure, path)
 
 

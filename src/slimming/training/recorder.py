@@ -44,7 +44,7 @@ class Recorder(Checkpoint):
 
     def on_train_start(self, trainer, module) -> None:
         if not self.gammas:
-            self.gammas.append(_histogram(module.penalty.flat()))
+            self.gammas.append(histogram(module.penalty.flat()))
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self._start, self._images, self._training_s = time.monotonic(), 0, None
@@ -65,7 +65,7 @@ class Recorder(Checkpoint):
         row["images_per_s"] = self._images / (self._training_s or elapsed)
         row["time_s"] = elapsed
         self.history.append(row)
-        self.gammas.append(_histogram(gammas))
+        self.gammas.append(histogram(gammas))
         for logger in trainer.loggers:
             add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
             if add and len(gammas):
@@ -88,7 +88,8 @@ class Recorder(Checkpoint):
         self.history, self.gammas, self.best = state["history"], state["gammas"], state["best"]
 
 
-def _histogram(gammas: torch.Tensor) -> list[int]:
+def histogram(gammas: torch.Tensor) -> list[int]:
+    """Count |gamma| per bin of BINS; what is above the last edge goes into the last bin."""
     return torch.histogram(gammas.clamp(0, float(BINS[-1])), BINS).hist.long().tolist()
 
 

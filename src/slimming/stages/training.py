@@ -1,36 +1,35 @@
-"""The stages: plain functions of a configuration and a folder. The only file that wires the rooms together."""
+"""Training with the gamma penalty."""
 
-import contextlib
-import json
-import logging
 import math
-import platform
-import sys
-import time
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import torch
-from hydra.errors import InstantiationException
 from torch import nn
 
-from slimming import checkpoint, models
-from slimming.channels.cost import cost, widths
+from slimming import checkpoint
+from slimming.channels.cost import widths
 from slimming.channels.penalty import near_zero_share, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
-from slimming.errors import CheckpointError, ConfigError, SlimmingError
+from slimming.errors import CheckpointError, ConfigError
 from slimming.report import figures
+from slimming.stages.common import (
+    build,
+    build_data,
+    model_label,
+    model_spec,
+    recorded,
+    relative,
+    try_model,
+    weight_bytes,
+)
 from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
-from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder, write_text
+from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
 
-RESULT = "result.json"
 FREE_ON_RESUME = {"resume", "logger", "callbacks"}  # what may differ between a run and its continuation
 FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size"}
 
@@ -44,46 +43,30 @@ def train(cfg: TrainConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
-    out.mkdir(parents=True, exist_ok=True)
     if (out / "last.ckpt").exists() and not cfg.resume:
         raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
     start = _resume_point(cfg, out) if cfg.resume else None
-    result = {"format": 1, "status": "failed", "error": None, "stage": "train"}
-    result |= {"role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed, "parent": cfg.init_from}
-    result |= {"config": plain(cfg), "versions": _versions()}
-    started = time.monotonic()
-    try:
-        with _quiet():
-            result |= _train(cfg, out, start)
-        result["status"] = "finished"
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        result["error"] = "interrupted"
-        print(f"interrupted: go on with resume=true hydra.run.dir={out}", file=sys.stderr)
-        raise
-    except BaseException as error:
-        result["error"] = str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        result["wall_time_s"] = time.monotonic() - started
-        with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
-            write_text(out / RESULT, json.dumps(result, indent=1))
+    result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
+    result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
+    with recorded(out, result, f"go on with resume=true hydra.run.dir={out}") as result:
+        result |= _train(cfg, out, start)
     return result["metrics"].get("test/acc", math.nan)
 
 
 def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
-    data: ImageData = _build("data", cfg.data)
+    data: ImageData = build_data(cfg.data)
     heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    model: nn.Module = _build("model", cfg.model, **heads)
+    model: nn.Module = build("model", cfg.model, **heads)
     example = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
-    costs = _try_model(model, example)
-    spec = _model_spec(cfg.model, heads)
-    name = models.label(**spec) if spec else cfg.model["_target_"].rpartition(".")[2]
+    costs = try_model(model, example)
+    spec = model_spec(cfg.model, heads)
+    name = model_label(spec, model)
     if cfg.init_from:
         checkpoint.load_weights(model, checkpoint.read(cfg.init_from), cfg.init_from)
     if cfg.channels_last and example.ndim == 4:
         model.to(memory_format=torch.channels_last)
-    factories = {k: _build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
+    factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
     try:
         rates = lr_per_epoch(**factories, epochs=cfg.trainer["max_epochs"])
         momentum = sgd_momentum(factories["optimizer"])
@@ -106,9 +89,9 @@ def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
         )
     recorder = Recorder(out)
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
-    extra = [_build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items()]
-    loggers = [_build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()]
-    trainer: pl.Trainer = _build(
+    extra = [build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items()]
+    loggers = [build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()]
+    trainer: pl.Trainer = build(
         "trainer",
         cfg.trainer,
         callbacks=[*lines, recorder, *extra],
@@ -154,43 +137,9 @@ def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
         "widths": widths(model),
         "history": recorder.history,
         "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
-        "size_bytes": sum(v.numel() * v.element_size() for v in module.model.state_dict().values()),
+        "size_bytes": weight_bytes(module.model),
         "n_test": len(data.splits["test"]),
     }
-
-
-def _build(key: str, node: dict, **more) -> Any:
-    """Instantiate a config group; whatever its constructor objects to becomes a ConfigError that names the group."""
-    if not node.get("_target_"):
-        raise ConfigError(f"{key} has no _target_: choose one of configs/{key}/, got {node}")
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **more)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, SlimmingError):
-            raise cause from None
-        raise ConfigError(f"{key}: {' '.join(str(cause).split())}") from error
-    except Exception as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-
-
-def _model_spec(node: dict, heads: dict[str, int]) -> dict | None:
-    """Return {name, arguments} of a registered model, None for another class."""
-    name = node["_target_"].removeprefix("slimming.models.")
-    if name not in models.REGISTRY:
-        return None
-    return {"name": name, "arguments": {k: v for k, v in node.items() if not k.startswith("_")} | heads}
-
-
-def _try_model(model: nn.Module, example: torch.Tensor):
-    try:
-        return cost(model, example)
-    except Exception as error:
-        shape = "x".join(map(str, example.shape[1:]))
-        raise ConfigError(
-            f"the network cannot process images of {shape}: {' '.join(str(error).split())[:200]}; "
-            "set data.image_size where the data set has it, or choose another model"
-        ) from error
 
 
 def _resume_point(cfg: TrainConfig, out: Path) -> dict | None:
@@ -255,42 +204,3 @@ def _tell_precision(say, trainer: pl.Trainer) -> None:
         native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16"))
     if native:
         say("  hint: this machine has native bf16; trainer.precision=bf16-mixed would be faster")
-
-
-def _versions() -> dict[str, str]:
-    names = ("slimming", "torch", "torchvision", "lightning")
-    return {n: version(n) for n in names} | {"python": platform.python_version(), "machine": _machine()}
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keep Lightning's notes on itself and on settings that are meant so off the screen."""
-    logs = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning", "matplotlib")]
-    levels = [log.level for log in logs]
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",  # batches come from memory
-            ".*isinstance.treespec, LeafSpec.*",
-            ".*LightningModule.*checkpoint.*",
-            "Checkpoint directory .* exists.*",
-            ".*logging interval.*",
-            ".*lr_scheduler.step.*before.*optimizer.step.*",  # GradScaler skipped the first step
-        ):
-            warnings.filterwarnings("ignore", message)
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.setLevel(level)

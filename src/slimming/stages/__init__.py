@@ -1,0 +1,6 @@
+"""The stages: plain functions of a configuration and a folder. The only room that wires the others together."""
+
+from slimming.stages.pruning import prune
+from slimming.stages.training import train
+
+__all__ = ["prune", "train"]

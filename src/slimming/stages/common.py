@@ -1,0 +1,226 @@
+"""What the stages share: building from configuration, data loaded once, the record of a run, evaluation."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.errors import InstantiationException
+from torch import nn
+
+from slimming import data as datasets
+from slimming import models
+from slimming.channels.cost import Cost, cost
+from slimming.data import ImageData
+from slimming.errors import CheckpointError, ConfigError, SlimmingError
+from slimming.training.module import SlimmingModule
+from slimming.training.recorder import write_text
+
+RESULT = "result.json"
+
+
+# --- building from configuration --------------------------------------------------------------------------------------
+
+
+def build(key: str, node: dict, **more) -> Any:
+    """Instantiate a config group; whatever its constructor objects to becomes a ConfigError that names the group."""
+    if not node.get("_target_"):
+        raise ConfigError(f"{key} has no _target_: choose one of configs/{key}/, got {node}")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **more)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SlimmingError):
+            raise cause from None
+        raise ConfigError(f"{key}: {' '.join(str(cause).split())}") from error
+    except Exception as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def build_data(node: dict) -> ImageData:
+    """Build a data module; the same description gives the same one again, so that a sweep loads its data once."""
+    return _last_data(json.dumps(node, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _last_data(description: str) -> ImageData:
+    return build("data", json.loads(description))
+
+
+def model_spec(node: dict, heads: dict[str, int]) -> dict | None:
+    """Return {name, arguments} of a registered model, None for another class."""
+    name = node["_target_"].removeprefix("slimming.models.")
+    if name not in models.REGISTRY:
+        return None
+    return models.spec(name, {k: v for k, v in node.items() if not k.startswith("_")} | heads)
+
+
+def model_label(spec: dict | None, model: nn.Module) -> str:
+    return models.label(**spec) if spec else type(model).__name__
+
+
+def data_label(node: dict) -> str | None:
+    """Name a data set by its class: `cifar10`, `imagefolder`."""
+    target = node.get("_target_")
+    return target and target.rpartition(".")[2].lower()
+
+
+def try_model(model: nn.Module, example: torch.Tensor) -> Cost:
+    """Count what the network costs on an example; ConfigError if it cannot process one."""
+    try:
+        return cost(model, example)
+    except Exception as error:
+        shape = "x".join(map(str, example.shape[1:]))
+        raise ConfigError(
+            f"the network cannot process images of {shape}: {' '.join(str(error).split())[:200]}; "
+            "set data.image_size where the data set has it, or choose another model"
+        ) from error
+
+
+def inherit(group: str, given: dict, recorded: dict | None) -> dict:
+    """Return a checkpoint's group with the values that are given now (not None); a given `_target_` replaces it whole.
+
+    Raises:
+        CheckpointError: the checkpoint names a class that is not one of the known ones: a file is data, and what it names
+            is not run.
+    """
+    if given.get("_target_") or not recorded:
+        return given
+    if not _is_known(group, recorded):
+        raise CheckpointError(
+            f"the checkpoint's {group} is {str(recorded)[:200]}, which is not built on a file's word alone: "
+            f"give {group}=<name> or {group}._target_=<class> (with its values) on the command line"
+        )
+    return recorded | {k: v for k, v in given.items() if v is not None}
+
+
+def _is_known(group: str, node: dict) -> bool:
+    """Return whether a recorded group is a class of torch's, Lightning's or ours with plain values."""
+
+    def plain(value) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(k, str) and not k.startswith("_") and plain(v) for k, v in value.items())
+        return all(map(plain, value)) if isinstance(value, list | tuple) else True
+
+    target = str(node.get("_target_"))
+    module, _, name = target.rpartition(".")
+    known = {
+        "data": module == "slimming.data" and name in datasets.__all__,
+        "optimizer": module == "torch.optim" and _is_class(torch.optim, name, torch.optim.Optimizer),
+        "scheduler": target == "slimming.training.schedules.multistep"
+        or (
+            module == "torch.optim.lr_scheduler"
+            and _is_class(torch.optim.lr_scheduler, name, torch.optim.lr_scheduler.LRScheduler)
+        ),
+        "trainer": target == "lightning.pytorch.Trainer",
+    }
+    return known[group] and plain({k: v for k, v in node.items() if k not in ("_target_", "_partial_")})
+
+
+def _is_class(module, name: str, base: type) -> bool:
+    found = getattr(module, name, None)
+    return isinstance(found, type) and issubclass(found, base)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[str, float]:
+    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]."""
+    module = SlimmingModule(model, data.num_classes, optimizer=None)
+    found = trainer.test(module, datamodule=data, verbose=False)[0]
+    if "val" in data.splits:
+        found |= trainer.validate(module, datamodule=data, verbose=False)[0]
+    return {key: float(value) for key, value in found.items() if key.endswith("/acc")}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Count the bytes of all parameters and buffers that a checkpoint holds."""
+    return sum(v.numel() * v.element_size() for v in model.state_dict().values())
+
+
+# --- the record of a run ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded(out: Path, result: dict, advice: str = "") -> Iterator[dict]:
+    """Write result.json in the end, of a stage that fails as well.
+
+    Args:
+        result: what is known from the start; the caller adds the rest to the dict that it gets.
+        advice: how to go on after Ctrl-C.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"format": 1, "status": "failed", "error": None} | result | {"versions": versions()}
+    started = time.monotonic()
+    try:
+        with quiet():
+            yield result
+        result["status"] = "finished"
+    except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
+        result["error"] = "interrupted"
+        print(f"interrupted{advice and ': '}{advice}", file=sys.stderr)
+        raise
+    except BaseException as error:
+        result["error"] = str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        result["wall_time_s"] = time.monotonic() - started
+        with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
+            write_text(out / RESULT, json.dumps(result, indent=1))
+
+
+def relative(path: str | None, out: Path) -> str | None:
+    """Return a path as seen from the run directory, so that the record stays true when a tree of runs is moved."""
+    return path and os.path.relpath(path, out)
+
+
+def versions() -> dict[str, str]:
+    names = ("slimming", "torch", "torchvision", "lightning")
+    return {n: version(n) for n in names} | {"python": platform.python_version(), "machine": _machine()}
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep Lightning's notes on itself and on settings that are meant so off the screen."""
+    logs = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning", "matplotlib")]
+    levels = [log.level for log in logs]
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # batches come from memory
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*LightningModule.*checkpoint.*",
+            "Checkpoint directory .* exists.*",
+            ".*logging interval.*",
+            ".*lr_scheduler.step.*before.*optimizer.step.*",  # GradScaler skipped the first step
+        ):
+            warnings.filterwarnings("ignore", message)
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)
