@@ -7,23 +7,72 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 
 from conftest import ROOT, compose_config
+from slimming import config
 from slimming.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer")
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+FILES = [f for f in FILES if f[1] != "checkpoint"]
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment"))[:-5] for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_group_file_fits_the_signature_of_its_target(group, name):
-    node = getattr(compose_config(f"{group}={name}"), group)
+    base = ("checkpoint=a.ckpt", "inspect=true") if name == "one_device" else ()
+    node = getattr(compose_config(*base, f"{group}={name}", name="prune" if base else "train"), group)
     parameters = inspect.signature(get_object(node["_target_"])).parameters
     known = set(parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for base in get_object(node["_target_"]).__mro__:
             known |= set(inspect.signature(base.__init__).parameters)
     assert {k for k in node if k not in ("_target_", "_partial_")} <= known
+
+
+@pytest.mark.parametrize("group", ["data"])
+def test_what_may_be_given_beside_a_checkpoint_is_known_to_the_group(group):
+    node = getattr(compose_config("checkpoint=a.ckpt", "ratio=0.5", name="prune"), group)
+    known = set().union(*(getattr(compose_config(f"{g}={n}"), g) for g, n in FILES if g == group))
+    assert set(node) <= known and set(node.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ratio=0.5"], "global"),
+        (["ratio=0", "criterion=global"], "global"),
+        (["ratio=0.5", "criterion=per_layer"], "per_layer"),
+        (["threshold=0"], "threshold"),
+        (["budget.macs=0.5"], "budget"),
+        (["budget.params=0.5", "criterion=budget"], "budget"),
+        (["criterion=optimal", "delta=0.1"], "optimal"),
+        (["inspect=true"], None),
+        ([], "got none"),
+        (["ratio=0.5", "threshold=0.1"], "got ratio=0.5 and threshold=0.1"),
+        (["budget.macs=0.5", "budget.params=0.5"], "got budget.macs=0.5 and budget.params=0.5"),
+        (["criterion=optimal", "ratio=0.5"], "got criterion=optimal and ratio=0.5"),
+        (["criterion=per_layer"], "got criterion=per_layer"),
+        (["criterion=per_layer", "threshold=0.1"], "got criterion=per_layer and threshold=0.1"),
+        (["criterion=best"], "criterion must be one of global, per_layer, threshold, optimal, budget; got 'best'"),
+    ],
+    ids=str,
+)
+def test_pruning_takes_exactly_one_criterion(overrides, expected):
+    if expected in (*config.NEEDS, None):
+        cfg = compose_config("checkpoint=a.ckpt", *overrides, name="prune")
+        assert expected is None or config.criterion_name(cfg) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            compose_config("checkpoint=a.ckpt", *overrides, name="prune")
+
+
+def test_names_of_folders_hold_rounded_numbers_and_nothing_that_hydra_reads():
+    assert [config.tag("ratio", v) for v in (0.1 + 0.2, None, 1e-5, 3)] == [
+        "_ratio-0.3",
+        "",
+        "_ratio-1e-05",
+        "_ratio-3",
+    ]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

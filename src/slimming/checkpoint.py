@@ -111,7 +111,7 @@ def architecture(record: dict, path: str | os.PathLike, model: nn.Module | None 
         if not spec:
             raise CheckpointError(
                 f"{path} holds a network that is not registered in slimming.models: load(path, model=...), "
-                "or +model._target_=<class> on the command line"
+                "or model._target_=<class> on the command line"
             )
         model = models.build(spec["name"], **spec["arguments"])
     else:
