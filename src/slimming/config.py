@@ -57,10 +57,9 @@ class CalibrateConfig:
 
 
 @dataclass
-class PruneConfig:
-    """One pruning. In the groups, None stands for the value of the checkpoint's training."""
+class PruneOptions:
+    """What to remove, and what to do then."""
 
-    checkpoint: str | None = None
     criterion: str | None = None
     ratio: float | None = None
     threshold: float | None = None
@@ -74,21 +73,62 @@ class PruneConfig:
     ignore: list[str] = field(default_factory=list)
     reduce: str = "max"
     score: str = "gamma"
-    seed: int = 1
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     test: bool = True
     latency_batch: int = 64
+
+
+@dataclass
+class PruneConfig(PruneOptions):
+    """One pruning. In the groups, None stands for the value of the checkpoint's training."""
+
+    checkpoint: str | None = None
+    seed: int = 1
     inspect: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class DistillConfig:
+    """Learning from a teacher, a checkpoint of any stage; None: no teacher."""
+
+    teacher: str | None = None
+    temperature: float = 4.0
+    alpha: float = 0.9
+
+
+@dataclass
+class FinetuneConfig:
+    """One fine-tuning. None, also in the groups, stands for the value of the checkpoint's training."""
+
+    checkpoint: str | None = None
+    init: str = "weights"
+    epochs_by: str = "epochs"
+    optimizer_state: bool = False
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    sparsity: float = 0.0
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    decay_batchnorm: bool | None = None
+    channels_last: bool | None = None
+    compile: bool = False
+    seed: int | None = None
+    resume: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
 
-def criterion_name(config: PruneConfig) -> str:
+def criterion_name(config: PruneOptions) -> str:
     """Return which criterion the values ask for: global, per_layer, threshold, optimal or budget.
 
     Raises:
@@ -120,7 +160,11 @@ def tag(name: str, value: Any) -> str:
 
 def register() -> None:
     """Tell Hydra the schemas that the YAML files in configs/ start from."""
-    for name, schema in (("train_schema", TrainConfig), ("prune_schema", PruneConfig)):
+    for name, schema in (
+        ("train_schema", TrainConfig),
+        ("prune_schema", PruneConfig),
+        ("finetune_schema", FinetuneConfig),
+    ):
         ConfigStore.instance().store(name=name, node=schema)
     OmegaConf.register_new_resolver("tag", tag, replace=True)
 
@@ -132,11 +176,11 @@ def check(cfg: DictConfig) -> Any:
         ConfigError: a value out of range, or values that exclude each other.
     """
     config = OmegaConf.to_object(cfg)
-    check_number("seed", config.seed, 0, 2**32 - 1, whole=True)
-    if isinstance(config, TrainConfig):
-        _check_train(config)
-    else:
-        _check_prune(config)
+    if config.seed is not None:
+        check_number("seed", config.seed, 0, 2**32 - 1, whole=True)
+    for kind, function in ((TrainConfig, _check_train), (PruneConfig, _check_prune), (FinetuneConfig, _check_finetune)):
+        if isinstance(config, kind):
+            function(config)
     return config
 
 
@@ -154,13 +198,31 @@ def _check_prune(config: PruneConfig) -> None:
         raise ConfigError("checkpoint=<run directory>/last.ckpt is needed: the network to prune")
     if not config.inspect:
         criterion_name(config)
-    check_number("calibrate.batches", config.calibrate.batches, 0, whole=True)
-    check_number("latency_batch", config.latency_batch, 0, whole=True)
+    _check_options(config)
     devices = config.trainer.get("devices")
     if devices not in (None, 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigError(
             f"trainer.devices must be 1 (or a list of one device), got {devices}: pruning takes one device"
         )
+
+
+def _check_options(config: PruneOptions) -> None:
+    check_number("calibrate.batches", config.calibrate.batches, 0, whole=True)
+    check_number("latency_batch", config.latency_batch, 0, whole=True)
+
+
+def _check_finetune(config: FinetuneConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to fine-tune")
+    check_number("sparsity", config.sparsity, 0)
+    check_choice("init", config.init, ("weights", "scratch"))
+    check_choice("epochs_by", config.epochs_by, ("epochs", "macs"))
+    if config.init == "scratch" and config.optimizer_state:
+        raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
+    if config.trainer.get("max_epochs") is not None:
+        check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
+    check_number("distill.temperature", config.distill.temperature, 0, above=True)
+    check_number("distill.alpha", config.distill.alpha, 0, 1)
 
 
 def plain(config: Any) -> dict:

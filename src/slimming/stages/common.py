@@ -29,6 +29,8 @@ from slimming.training.module import SlimmingModule
 from slimming.training.recorder import write_text
 
 RESULT = "result.json"
+FREE_ON_RESUME = {"resume", "logger", "callbacks", "checkpoint"}  # what may differ between a run and its continuation
+FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size"}
 
 
 # --- building from configuration --------------------------------------------------------------------------------------
@@ -89,6 +91,10 @@ def try_model(model: nn.Module, example: torch.Tensor) -> Cost:
         ) from error
 
 
+def example_of(data: ImageData) -> torch.Tensor:
+    return torch.zeros(1, data.in_channels, data.image_size, data.image_size)
+
+
 def inherit(group: str, given: dict, recorded: dict | None) -> dict:
     """Return a checkpoint's group with the values that are given now (not None); a given `_target_` replaces it whole.
 
@@ -132,6 +138,22 @@ def _is_known(group: str, node: dict) -> bool:
 def _is_class(module, name: str, base: type) -> bool:
     found = getattr(module, name, None)
     return isinstance(found, type) and issubclass(found, base)
+
+
+def config_differences(before: dict, now: dict) -> str:
+    """Say where two configurations differ in what matters to the result: `sparsity was 0.1, is 0.2; ...`, or ""."""
+    a, b = (_flat(json.loads(json.dumps(config))) for config in (before, now))
+    return "; ".join(f"{k} was {a.get(k)}, is {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k))
+
+
+def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Flatten a configuration to dotted keys, without what a continuation may change."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if (key in FREE_ON_RESUME and not prefix) or (key in FREE_IN_DATA and prefix == "data."):
+            continue
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -178,8 +200,17 @@ def recorded(out: Path, result: dict, advice: str = "") -> Iterator[dict]:
         raise
     finally:
         result["wall_time_s"] = time.monotonic() - started
-        with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
-            write_text(out / RESULT, json.dumps(result, indent=1))
+        if not (result["error"] and finished(out)):  # else the run that is there is not this one
+            with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
+                write_text(out / RESULT, json.dumps(result, indent=1))
+
+
+def finished(out: Path) -> dict | None:
+    """Return the record of a run that is there and complete, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads((out / RESULT).read_text())
+        return result if result["status"] == "finished" else None
+    return None
 
 
 def relative(path: str | None, out: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Training with the gamma penalty."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from slimming.report import figures
 from slimming.stages.common import (
     build,
     build_data,
+    config_differences,
+    example_of,
     model_label,
     model_spec,
     recorded,
@@ -25,13 +28,30 @@ from slimming.stages.common import (
     try_model,
     weight_bytes,
 )
+from slimming.training.distillation import DistillingModule
 from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
 
-FREE_ON_RESUME = {"resume", "logger", "callbacks"}  # what may differ between a run and its continuation
-FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size"}
+
+@dataclass
+class Network:
+    """A network on its way into a training, and what its checkpoint must say of it.
+
+    Attributes:
+        spec, plans: as in a checkpoint's record.
+        extra: what the record's configuration holds beyond a training's.
+        optimizer_state: to begin with.
+        teacher: None, or a network to learn from.
+    """
+
+    model: nn.Module
+    spec: dict | None
+    plans: list[dict] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: dict | None = None
+    teacher: nn.Module | None = None
 
 
 def train(cfg: TrainConfig, out: Path) -> float:
@@ -43,28 +63,30 @@ def train(cfg: TrainConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
-    if (out / "last.ckpt").exists() and not cfg.resume:
-        raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
-    start = _resume_point(cfg, out) if cfg.resume else None
+    start = resume_point(cfg.resume, plain(cfg), out)
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
     with recorded(out, result, f"go on with resume=true hydra.run.dir={out}") as result:
-        result |= _train(cfg, out, start)
-    return result["metrics"].get("test/acc", math.nan)
+        torch.manual_seed(cfg.seed)
+        data = build_data(cfg.data)
+        heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+        network = Network(build("model", cfg.model, **heads), model_spec(cfg.model, heads))
+        if cfg.init_from:
+            try_model(network.model, example_of(data))
+            checkpoint.load_weights(network.model, checkpoint.read(cfg.init_from), cfg.init_from)
+        result |= fit(cfg, out, network, data, start)
+    return result["metrics"]["test/acc"]
 
 
-def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
-    torch.manual_seed(cfg.seed)
-    data: ImageData = build_data(cfg.data)
-    heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    model: nn.Module = build("model", cfg.model, **heads)
-    example = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
-    costs = try_model(model, example)
-    spec = model_spec(cfg.model, heads)
-    name = model_label(spec, model)
-    if cfg.init_from:
-        checkpoint.load_weights(model, checkpoint.read(cfg.init_from), cfg.init_from)
-    if cfg.channels_last and example.ndim == 4:
+def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: dict | None) -> dict[str, Any]:
+    """Train a network; return what result.json says of it beyond the configuration.
+
+    Args:
+        start: the content of out/last.ckpt to resume from, None to begin.
+    """
+    model, name = network.model, model_label(network.spec, network.model)
+    costs = try_model(model, example_of(data))
+    if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
     try:
@@ -72,43 +94,22 @@ def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
         momentum = sgd_momentum(factories["optimizer"])
     except Exception as error:
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
-    record = {"format": checkpoint.FORMAT, "model": spec, "plans": [], "stage": "train", "config": plain(cfg)}
-    module = SlimmingModule(
-        model,
-        data.num_classes,
-        **factories,
-        sparsity=cfg.sparsity,
-        penalty_layers=cfg.penalty.layers,
-        decay_batchnorm=cfg.decay_batchnorm,
-        record=record,
-    )
+    module = _module(cfg, network, data.num_classes, factories)
     if cfg.sparsity and not module.penalty.gammas:
         raise ConfigError(
             f"sparsity={cfg.sparsity:g}, but {name} has no BatchNorm with a trainable scale to penalise: "
             "insert BatchNorm after its convolutions, or set sparsity=0"
         )
     recorder = Recorder(out)
-    lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
-    extra = [build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items()]
-    loggers = [build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()]
-    trainer: pl.Trainer = build(
-        "trainer",
-        cfg.trainer,
-        callbacks=[*lines, recorder, *extra],
-        logger=loggers,
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(out),
-        use_distributed_sampler=False,  # the data modules share out the images themselves
-    )
+    trainer = _trainer(cfg, out, recorder)
     data.prepare_data()
     data.setup()
-    gammas = module.penalty.flat()
     say = trainer.print
+    gammas = module.penalty.flat()
     say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs")
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are penalised, lambda {cfg.sparsity:g}")
     say(f"  run directory: {out}")
-    steps = _steps_per_epoch(data, trainer)
-    _tell_budget(say, cfg.sparsity, sum(rates) * steps, momentum, gammas)
+    _tell_budget(say, cfg.sparsity, sum(rates) * _steps_per_epoch(data, trainer), momentum, gammas)
     _tell_precision(say, trainer)
     if start:
         say(f"  resuming after epoch {start['epoch'] + 1} of {trainer.max_epochs}")
@@ -142,35 +143,58 @@ def _train(cfg: TrainConfig, out: Path, start: dict | None) -> dict[str, Any]:
     }
 
 
-def _resume_point(cfg: TrainConfig, out: Path) -> dict | None:
-    """Return the checkpoint to go on from, None if there is none yet.
+def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dict) -> SlimmingModule:
+    record = {"format": checkpoint.FORMAT, "model": network.spec, "plans": network.plans}
+    record |= {"stage": "finetune" if network.extra else "train", "config": plain(cfg) | network.extra}
+    kind, extra = SlimmingModule, {}
+    if network.teacher is not None:
+        kind, extra = DistillingModule, network.extra["finetune"]["distill"] | {"teacher": network.teacher}
+    module = kind(
+        network.model,
+        num_classes,
+        **factories,
+        sparsity=cfg.sparsity,
+        penalty_layers=cfg.penalty.layers,
+        decay_batchnorm=cfg.decay_batchnorm,
+        record=record,
+        **extra,
+    )
+    module.optimizer_state = network.optimizer_state
+    return module
+
+
+def _trainer(cfg: TrainConfig, out: Path, recorder: Recorder) -> pl.Trainer:
+    lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
+    return build(
+        "trainer",
+        cfg.trainer,
+        callbacks=[*lines, recorder, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
+        logger=[build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(out),
+        use_distributed_sampler=False,  # the data modules share out the images themselves
+    )
+
+
+def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
+    """Return the content of out/last.ckpt to go on from, None if there is none yet.
 
     Raises:
+        ConfigError: there is a run, and `resume` is false.
         CheckpointError: unreadable, or of a run with another configuration.
     """
     path = out / "last.ckpt"
     if not path.exists():
         return None
+    if not resume:
+        raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
     content = checkpoint.read(path)
-    before, now = (_comparable(c) for c in (content["slimming"]["config"], plain(cfg)))
-    if differences := [
-        f"{k} was {before.get(k)}, is {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)
-    ]:
+    if differences := config_differences(content["slimming"]["config"], config):
         raise CheckpointError(
-            f"{out} holds a run with another configuration: {'; '.join(differences)}. "
+            f"{out} holds a run with another configuration: {differences}. "
             "Give the same values to resume it, or start another run with init_from"
         )
     return content
-
-
-def _comparable(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Flatten a configuration to dotted keys, without what a continuation may change."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if (key in FREE_ON_RESUME and not prefix) or (key in FREE_IN_DATA and prefix == "data."):
-            continue
-        flat |= _comparable(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _steps_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:

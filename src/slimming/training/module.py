@@ -53,6 +53,7 @@ class SlimmingModule(LightningModule):
         self.penalty = Penalty(batchnorm_gammas(model, penalty_layers), sparsity)
         self.optimizer, self.scheduler, self.decay_batchnorm = optimizer, scheduler, decay_batchnorm
         self.record = record
+        self.optimizer_state: dict | None = None  # to begin with: `prune_optimizer_state` of an earlier training's
         # Not synchronised by themselves: the progress bar asks on rank 0 alone, and _report adds the ranks up.
         accuracy = {"num_classes": num_classes, "average": "micro", "validate_args": False, "sync_on_compute": False}
         self.accuracy = nn.ModuleDict({f"{s}_acc": MulticlassAccuracy(**accuracy) for s in ("train", "val", "test")})
@@ -67,13 +68,17 @@ class SlimmingModule(LightningModule):
         images, labels = batch
         output = self.model(images)
         logits, *auxiliary = output if isinstance(output, tuple) else (output,)
-        loss = F.cross_entropy(logits, labels)
+        loss = self.task_loss(images, logits, labels)
         if auxiliary:
             weight = AUXILIARY_WEIGHT.get(type(output).__name__, 0.3)
             loss = loss + weight * sum(F.cross_entropy(a, labels) for a in auxiliary if a is not None)
         self._account("train", loss.detach(), logits.detach(), labels)
         self._watch(loss.detach(), batch_idx)
         return loss
+
+    def task_loss(self, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a training batch, without the penalty and auxiliary heads."""
+        return F.cross_entropy(logits, labels)
 
     def validation_step(self, batch, batch_idx: int) -> None:
         self._evaluate("val" if "val" in self.trainer.datamodule.splits else "test", batch)
@@ -113,14 +118,14 @@ class SlimmingModule(LightningModule):
         self.log("train/penalty", self.penalty.value(), sync_dist=True)
 
     def configure_optimizers(self):
-        norm, rest = [], []
-        for module in self.model.modules():
-            kind = norm if isinstance(module, nn.modules.batchnorm._BatchNorm) and not self.decay_batchnorm else rest
-            kind += [p for p in module.parameters(recurse=False) if p.requires_grad]
-        groups = [{"params": list(dict.fromkeys(rest))}]
-        if norm:
-            groups.append({"params": list(dict.fromkeys(norm)), "weight_decay": 0.0})
+        parameters = dict(self.model.named_parameters())
+        groups = [
+            {"params": [parameters[name] for name in names]} | ({} if decayed else {"weight_decay": 0.0})
+            for decayed, names in parameter_groups(self.model, self.decay_batchnorm)
+        ]
         optimizer = self.optimizer(groups)
+        if self.optimizer_state is not None:  # of each parameter alone; learning rates are those of this training
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.optimizer_state["state"]})
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -168,3 +173,14 @@ class SlimmingModule(LightningModule):
         loss, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
         self.log(f"{split}/loss", loss / count, sync_dist=True)  # equal on all ranks already; this says so
         self.log(f"{split}/acc", correct / count, sync_dist=True)
+
+
+def parameter_groups(model: nn.Module, decay_batchnorm: bool) -> list[tuple[bool, list[str]]]:
+    """Name the trainable parameters in the order in which the optimizer gets them: (with weight decay?, names) per group."""
+    norm, rest = [], []
+    owners = dict(model.named_modules())
+    for name, parameter in model.named_parameters():  # a shared one once
+        owner = owners[name.rpartition(".")[0]]
+        kind = norm if isinstance(owner, nn.modules.batchnorm._BatchNorm) and not decay_batchnorm else rest
+        kind += [name] if parameter.requires_grad else []
+    return [(True, rest)] + [(False, norm)] * bool(norm)

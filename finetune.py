@@ -1,0 +1,17 @@
+"""Fine-tune a pruned network: python finetune.py checkpoint=<run>/pruned.ckpt."""
+
+import hydra
+from omegaconf import DictConfig
+
+from slimming import config, entry
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="finetune")
+def main(cfg: DictConfig) -> float:
+    return entry.launch("finetune", cfg)
+
+
+if __name__ == "__main__":
+    main()

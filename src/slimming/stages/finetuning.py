@@ -1,0 +1,168 @@
+"""Fine-tuning a pruned network, or training its architecture from fresh weights."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slimming import checkpoint
+from slimming.channels.cost import cost
+from slimming.channels.plan import PruningPlan
+from slimming.channels.surgery import prune_optimizer_state
+from slimming.config import FinetuneConfig, TrainConfig, plain
+from slimming.data import ImageData
+from slimming.data.sampler import mix
+from slimming.errors import ConfigError
+from slimming.stages.common import build, build_data, example_of, inherit, recorded, relative, try_model
+from slimming.stages.training import Network, fit, resume_point
+from slimming.training.module import parameter_groups
+
+GROUPS = ("data", "optimizer", "scheduler", "trainer")
+LENGTHS = ("max_epochs", "T_max")  # values of a schedule that are the number of epochs
+SCRATCH = 0x5C7A7C4  # sets the seed of fresh weights apart
+MOST_EPOCHS = 4  # times as many as asked, with epochs_by=macs
+
+
+def finetune(cfg: FinetuneConfig, out: Path) -> float:
+    """Train a checkpoint's network further, by default with its own recipe and without the penalty.
+
+    Leaves in `out` what `train` leaves.
+
+    Returns:
+        The test accuracy of the last epoch, in [0, 1].
+
+    Raises:
+        SlimmingError: anything that the user can mend; result.json then says `failed`.
+    """
+    content = checkpoint.read(cfg.checkpoint)
+    record = content["slimming"]
+    recipe = recipe_of(cfg, record)
+    extra = {"finetune": {k: getattr(cfg, k) for k in ("init", "epochs_by", "optimizer_state")}}
+    extra["finetune"]["distill"] = dataclasses.asdict(cfg.distill)
+    role = "scratch" if cfg.init == "scratch" else "sparse" if cfg.sparsity else "finetuned"
+    result = {"stage": "finetune", "role": role, "seed": recipe.seed, "parent": relative(cfg.checkpoint, out)}
+    with recorded(out, result, f"go on with resume=true hydra.run.dir={out}") as result:
+        torch.manual_seed(recipe.seed)
+        data = build_data(recipe.data)
+        network = _network(cfg, recipe, content, data)
+        if not record["plans"]:
+            print(f"{cfg.checkpoint} was never pruned: it is trained further as it is")
+        if cfg.epochs_by == "macs":
+            dense = checkpoint.architecture(record | {"plans": []}, cfg.checkpoint, _own(cfg, data))
+            _stretch(recipe, dense, network.model, example_of(data))
+        network.extra = extra
+        network.teacher = _teacher(cfg.distill.teacher, data)
+        result["config"] = plain(recipe) | extra
+        start = resume_point(cfg.resume, result["config"], out)
+        result |= fit(recipe, out, network, data, start)
+    return result["metrics"]["test/acc"]
+
+
+def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
+    """Return the training of a checkpoint's record with the values that are given now.
+
+    Raises:
+        CheckpointError: the record names a class that is not known.
+        ConfigError: neither the record (of a public port) nor the command line has a recipe.
+    """
+    before = record["config"]
+    groups = {group: inherit(group, getattr(cfg, group), before.get(group)) for group in GROUPS}
+    for group, node in groups.items():
+        if not node.get("_target_"):
+            raise ConfigError(f"{cfg.checkpoint} comes without a recipe: give {group}=<name of configs/{group}/>")
+    epochs = groups["trainer"]["max_epochs"]
+    _set_length(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
+    seed = before.get("seed", 1) if cfg.seed is None else cfg.seed
+    if cfg.data.get("seed") is None:
+        groups["data"]["seed"] = seed
+    taken = {
+        k: before.get(k, default) if getattr(cfg, k) is None else getattr(cfg, k)
+        for k, default in (("decay_batchnorm", True), ("channels_last", True))
+    }
+    same = {k: getattr(cfg, k) for k in ("sparsity", "penalty", "compile", "resume", "logger", "callbacks")}
+    return TrainConfig(
+        model=cfg.model if cfg.model.get("_target_") else before.get("model", {}), seed=seed, **groups, **taken, **same
+    )
+
+
+def _set_length(schedule: dict, before: int | None, epochs: int) -> None:
+    """Fit a schedule to a number of epochs where it was fitted to that of before."""
+    for key in LENGTHS:
+        if key in schedule and schedule[key] in (None, before):
+            schedule[key] = epochs
+
+
+def _heads(data: ImageData) -> dict[str, int]:
+    return {"num_classes": data.num_classes, "in_channels": data.in_channels}
+
+
+def _own(cfg: FinetuneConfig, data: ImageData) -> nn.Module | None:
+    """Build the dense network that the command line names, None for the checkpoint's."""
+    return build("model", cfg.model, **_heads(data)) if cfg.model.get("_target_") else None
+
+
+def _network(cfg: FinetuneConfig, recipe: TrainConfig, content: dict, data: ImageData) -> Network:
+    """Build the network to train, in train mode, with the checkpoint's weights or fresh ones."""
+    record, heads = content["slimming"], _heads(data)
+    trained_for = {k: record["data"][k] for k in heads}
+    if trained_for != heads:
+        raise ConfigError(f"the data have {heads}, {cfg.checkpoint} was trained for {trained_for}")
+    for plan in record["plans"]:
+        if not plan["train_watched"]:
+            raise ConfigError(
+                f"{cfg.checkpoint} cannot be fine-tuned: the network could not be run in train mode when it was pruned "
+                f"({plan['train_reason']}), so layers that only run there were not resized; prune it by the library with "
+                "slimming.trace(..., train_input=...)"
+            )
+    dense = _own(cfg, data)
+    if cfg.init == "scratch":
+        # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
+        torch.manual_seed(mix(recipe.seed, SCRATCH))
+        model = checkpoint.architecture(record, cfg.checkpoint, _own(cfg, data))
+    else:
+        model = checkpoint.rebuild(content, cfg.checkpoint, dense)
+    network = Network(model.train(), record["model"], record["plans"])
+    if cfg.optimizer_state:
+        network.optimizer_state = _sliced_state(cfg, recipe, record, dense)
+    return network
+
+
+def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: dict, dense: nn.Module | None) -> dict:
+    """Return the optimizer state of the training before the last pruning, sliced as the weights were."""
+    path = Path(cfg.checkpoint).parent / record.get("parent", "")
+    if record["stage"] != "prune" or not path.is_file():
+        raise ConfigError(f"optimizer_state=true needs the checkpoint that {cfg.checkpoint} was pruned from, at {path}")
+    before = checkpoint.read(path)
+    if not before.get("optimizer_states"):
+        raise ConfigError(f"optimizer_state=true: {path} holds no optimizer state")
+    was, now = (c["optimizer"]["_target_"] for c in (before["slimming"]["config"], plain(recipe)))
+    if was != now:
+        raise ConfigError(f"optimizer_state=true: the training used {was}, this one uses {now}")
+    wide = checkpoint.architecture(before["slimming"], path, dense)
+    names = [n for _, group in parameter_groups(wide, recipe.decay_batchnorm) for n in group]
+    if recipe.decay_batchnorm != before["slimming"]["config"]["decay_batchnorm"]:
+        raise ConfigError("optimizer_state=true needs the decay_batchnorm of the training")
+    plan = PruningPlan.from_dict(record["plans"][-1])
+    return prune_optimizer_state(before["optimizer_states"][0], wide, plan, names)
+
+
+def _stretch(recipe: TrainConfig, dense: nn.Module, thin: nn.Module, example: torch.Tensor) -> None:
+    """Give the recipe as many epochs as the dense network's compute buys with the thin one."""
+    wide, small = cost(dense, example).macs, cost(thin, example).macs
+    asked = recipe.trainer["max_epochs"]
+    epochs = min(MOST_EPOCHS * asked, round(asked * wide / small))
+    recipe.trainer["max_epochs"] = epochs
+    _set_length(recipe.scheduler, asked, epochs)
+    print(f"epochs_by=macs: {asked} epochs x {wide / 1e6:,.1f}M / {small / 1e6:,.1f}M MACs -> {epochs} epochs")
+
+
+def _teacher(path: str | None, data: ImageData) -> nn.Module | None:
+    if path is None:
+        return None
+    teacher = checkpoint.load(path)
+    try_model(teacher, example_of(data))
+    classes = teacher(example_of(data)).shape[1]
+    if classes != data.num_classes:
+        raise ConfigError(f"distill.teacher={path} knows {classes} classes, the data have {data.num_classes}")
+    return teacher
