@@ -124,6 +124,34 @@ class FinetuneConfig:
     callbacks: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class TuneConfig:
+    """The fine-tuning within `slim`; None: as the sparse training."""
+
+    max_epochs: int | None = None
+    lr: float | None = None
+    distill: bool = False
+    scratch: bool = False
+
+
+@dataclass
+class SlimConfig(TrainConfig, PruneOptions):
+    """The whole pipeline: a training's values, a pruning's, and how often."""
+
+    ratio: Any = None
+    passes: int = 1
+    baseline: bool = False
+    finetune: TuneConfig = field(default_factory=TuneConfig)
+
+
+@dataclass
+class ReportConfig:
+    """A report on the runs below a folder; out None: into that folder."""
+
+    runs: str = "runs"
+    out: str | None = None
+
+
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
@@ -160,12 +188,10 @@ def tag(name: str, value: Any) -> str:
 
 def register() -> None:
     """Tell Hydra the schemas that the YAML files in configs/ start from."""
-    for name, schema in (
-        ("train_schema", TrainConfig),
-        ("prune_schema", PruneConfig),
-        ("finetune_schema", FinetuneConfig),
-    ):
-        ConfigStore.instance().store(name=name, node=schema)
+    schemas = {"train": TrainConfig, "prune": PruneConfig, "finetune": FinetuneConfig, "report": ReportConfig}
+    schemas |= {"slim": SlimConfig}
+    for name, schema in schemas.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("tag", tag, replace=True)
 
 
@@ -176,9 +202,10 @@ def check(cfg: DictConfig) -> Any:
         ConfigError: a value out of range, or values that exclude each other.
     """
     config = OmegaConf.to_object(cfg)
-    if config.seed is not None:
+    if getattr(config, "seed", None) is not None:
         check_number("seed", config.seed, 0, 2**32 - 1, whole=True)
-    for kind, function in ((TrainConfig, _check_train), (PruneConfig, _check_prune), (FinetuneConfig, _check_finetune)):
+    checks = ((TrainConfig, _check_train), (PruneConfig, _check_prune), (FinetuneConfig, _check_finetune))
+    for kind, function in (*checks, (SlimConfig, _check_slim)):
         if isinstance(config, kind):
             function(config)
     return config
@@ -223,6 +250,38 @@ def _check_finetune(config: FinetuneConfig) -> None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
     check_number("distill.temperature", config.distill.temperature, 0, above=True)
     check_number("distill.alpha", config.distill.alpha, 0, 1)
+
+
+def ratios(config: SlimConfig) -> list[float | None]:
+    """Return the ratios to prune at; [None] where another criterion is asked for."""
+    return config.ratio if isinstance(config.ratio, list) else [config.ratio]
+
+
+def _check_slim(config: SlimConfig) -> None:
+    check_number("passes", config.passes, 1, whole=True)
+    if config.ratio == []:
+        raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
+    for ratio in ratios(config):
+        if ratio is not None:
+            check_number("ratio", ratio, 0)
+            if ratio >= 1:
+                raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {ratio!r}")
+    if len(set(ratios(config))) < len(ratios(config)):
+        raise ConfigError(f"ratio={config.ratio} names a share twice")
+    if config.passes > 1 and len(ratios(config)) > 1:
+        raise ConfigError(f"ratio={config.ratio} with passes={config.passes}: several passes take one ratio")
+    if config.passes > 1 and not config.sparsity:
+        raise ConfigError("passes > 1 needs sparsity > 0: every further pass sparsifies the thin network again")
+    if config.resume or config.init_from:
+        raise ConfigError(
+            "slim.py goes on by itself where it stopped: give the same hydra.run.dir, not resume or init_from"
+        )
+    criterion_name(config)
+    _check_options(config)
+    if config.finetune.max_epochs is not None:
+        check_number("finetune.max_epochs", config.finetune.max_epochs, 1, whole=True)
+    if config.finetune.lr is not None:
+        check_number("finetune.lr", config.finetune.lr, 0, above=True)
 
 
 def plain(config: Any) -> dict:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from slimming.config import check
 from slimming.errors import SlimmingError
 
+RESUME = {"train": "resume=true ", "finetune": "resume=true ", "slim": ""}
+
 
 def launch(stage: str, cfg: DictConfig) -> float:
     """Run a stage in the job's run directory; errors of the user's become one line, without a traceback.
@@ -27,6 +29,10 @@ def launch(stage: str, cfg: DictConfig) -> float:
         from slimming import stages
 
         return getattr(stages, stage)(config, out)
+    except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
+        if stage in RESUME:
+            print(f"interrupted: the same command with {RESUME[stage]}hydra.run.dir={out} goes on", file=sys.stderr)
+        raise
     except SlimmingError as error:
         if hydra.mode.name == "MULTIRUN":  # Hydra shows only the first failure, at the end of the sweep
             print(f"job {hydra.job.num} failed: {error}", file=sys.stderr)

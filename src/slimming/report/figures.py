@@ -9,7 +9,7 @@ DARK, MIDDLE, LIGHT = "#1b3a6b", "#e08214", "#c9d6ea"
 
 def curves(history: list[dict], path: Path) -> None:
     """Draw loss and accuracy over the epochs, training against held-out data."""
-    plt = _pyplot()
+    plt = pyplot()
     epochs = [row["epoch"] for row in history]
     held = "val" if "val/acc" in history[-1] else "test"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -24,7 +24,7 @@ def curves(history: list[dict], path: Path) -> None:
     last = history[-1]
     note = f"{held} {last[f'{held}/acc']:.2%}" if f"{held}/acc" in last else f"train {last['train/acc']:.2%}"
     figure.suptitle(f"after {len(history)} epochs: {note}", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: float) -> None:
@@ -34,7 +34,7 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: fl
         counts: [epoch][bin], epoch 0 being the start.
         edges: of the bins, the first bin starting at 0.
     """
-    plt = _pyplot()
+    plt = pyplot()
     share = np.array(counts, dtype=float).T  # (bins, epochs + 1)
     share = 100 * share / share.sum(0).clip(1)
     edges = np.array(edges)
@@ -61,12 +61,12 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: fl
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(f"{int(sum(counts[-1])):,} BatchNorm scales, lambda {sparsity:g}; lines: quantiles", fontsize=11)
     figure.colorbar(mesh, label="share of gammas (%)", ticks=[0, 1, 5, 20, 50, 100])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def widths(before: list, after: list, path: Path) -> None:
     """Draw how many channels every BatchNorm kept and lost; entries as the public codes' `cfg` ("M": a pooling)."""
-    plt = _pyplot()
+    plt = pyplot()
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b != "M"]
     old, new = (np.array(column) for column in zip(*pairs, strict=True))
     place = np.arange(1, len(old) + 1)
@@ -81,7 +81,7 @@ def widths(before: list, after: list, path: Path) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8)
     axis.set_title(f"{new.sum() / old.sum():.1%} of {old.sum():,} channels kept (numbers: kept)", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def split_gammas(kept: list[int], removed: list[int], edges: list[float], threshold: float | None, path: Path) -> None:
@@ -92,7 +92,7 @@ def split_gammas(kept: list[int], removed: list[int], edges: list[float], thresh
         edges: of the bins, the first bin starting at 0.
         threshold: None where there is no common one.
     """
-    plt = _pyplot()
+    plt = pyplot()
     counts = np.array([kept, removed])
     used = np.flatnonzero(counts.sum(0))
     low, high = used[0], used[-1]
@@ -104,13 +104,13 @@ def split_gammas(kept: list[int], removed: list[int], edges: list[float], thresh
     axis.bar(left, kept_part, width, align="edge", color=DARK, label=f"kept: {sum(kept):,}")
     axis.bar(left, removed_part, width, kept_part, align="edge", color=LIGHT, label=f"removed: {sum(removed):,}")
     if threshold:
-        axis.axvline(np.log10(threshold), color=MIDDLE, linestyle="--", label=f"threshold {threshold:.3g}")
+        axis.axvline(max(np.log10(threshold), y[0]), color=MIDDLE, linestyle="--", label=f"threshold {threshold:.3g}")
     ticks = np.arange(np.ceil(y[low]), np.floor(y[high + 1]) + 1)
     axis.set_xticks(ticks, [f"$10^{{{t:.0f}}}$" for t in ticks])
     axis.set(xlabel="|gamma| before pruning" + " (leftmost bar: from 0)" * bool(low == 0), ylabel="channels")
     axis.legend(fontsize=8)
     axis.set_title(f"{counts.sum():,} BatchNorm scales", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _quantiles(share: np.ndarray, y: np.ndarray) -> dict[int, np.ndarray]:
@@ -120,7 +120,7 @@ def _quantiles(share: np.ndarray, y: np.ndarray) -> dict[int, np.ndarray]:
     return {q: middle[(cumulative < q / 100 - 1e-9).sum(0).clip(max=len(middle) - 1)] for q in (10, 50, 90)}
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,8 +129,8 @@ def _pyplot():
     return plt
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
-    _pyplot().close(figure)
+    pyplot().close(figure)

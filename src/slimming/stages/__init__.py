@@ -1,7 +1,9 @@
 """The stages: plain functions of a configuration and a folder. The only room that wires the others together."""
 
 from slimming.stages.finetuning import finetune
+from slimming.stages.pipeline import slim
 from slimming.stages.pruning import prune
+from slimming.stages.reporting import report
 from slimming.stages.training import train
 
-__all__ = ["finetune", "prune", "train"]
+__all__ = ["finetune", "prune", "report", "slim", "train"]

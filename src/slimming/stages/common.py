@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -177,12 +176,11 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def recorded(out: Path, result: dict, advice: str = "") -> Iterator[dict]:
+def recorded(out: Path, result: dict) -> Iterator[dict]:
     """Write result.json in the end, of a stage that fails as well.
 
     Args:
         result: what is known from the start; the caller adds the rest to the dict that it gets.
-        advice: how to go on after Ctrl-C.
     """
     out.mkdir(parents=True, exist_ok=True)
     result = {"format": 1, "status": "failed", "error": None} | result | {"versions": versions()}
@@ -193,7 +191,6 @@ def recorded(out: Path, result: dict, advice: str = "") -> Iterator[dict]:
         result["status"] = "finished"
     except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
         result["error"] = "interrupted"
-        print(f"interrupted{advice and ': '}{advice}", file=sys.stderr)
         raise
     except BaseException as error:
         result["error"] = str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"

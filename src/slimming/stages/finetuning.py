@@ -42,7 +42,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
     extra["finetune"]["distill"] = dataclasses.asdict(cfg.distill)
     role = "scratch" if cfg.init == "scratch" else "sparse" if cfg.sparsity else "finetuned"
     result = {"stage": "finetune", "role": role, "seed": recipe.seed, "parent": relative(cfg.checkpoint, out)}
-    with recorded(out, result, f"go on with resume=true hydra.run.dir={out}") as result:
+    with recorded(out, result) as result:
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         network = _network(cfg, recipe, content, data)
@@ -53,7 +53,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
             _stretch(recipe, dense, network.model, example_of(data))
         network.extra = extra
         network.teacher = _teacher(cfg.distill.teacher, data)
-        result["config"] = plain(recipe) | extra
+        result |= {"config": plain(recipe) | extra, "asked": plain(cfg)}
         start = resume_point(cfg.resume, result["config"], out)
         result |= fit(recipe, out, network, data, start)
     return result["metrics"]["test/acc"]

@@ -66,7 +66,7 @@ def train(cfg: TrainConfig, out: Path) -> float:
     start = resume_point(cfg.resume, plain(cfg), out)
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
-    with recorded(out, result, f"go on with resume=true hydra.run.dir={out}") as result:
+    with recorded(out, result) as result:
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
         heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -107,7 +107,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     say = trainer.print
     gammas = module.penalty.flat()
     say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs")
-    say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are penalised, lambda {cfg.sparsity:g}")
+    penalty = f"penalised, lambda {cfg.sparsity:g}" if cfg.sparsity else "not penalised"
+    say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     say(f"  run directory: {out}")
     _tell_budget(say, cfg.sparsity, sum(rates) * _steps_per_epoch(data, trainer), momentum, gammas)
     _tell_precision(say, trainer)

@@ -1,0 +1,17 @@
+"""Report on all runs below a folder: python report.py runs=<folder>."""
+
+import hydra
+from omegaconf import DictConfig
+
+from slimming import config, entry
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="report")
+def main(cfg: DictConfig) -> float:
+    return entry.launch("report", cfg)
+
+
+if __name__ == "__main__":
+    main()

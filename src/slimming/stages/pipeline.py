@@ -1,0 +1,112 @@
+"""The whole pipeline: the stages called in turn, each in a folder of its own, then the report."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from slimming.config import (
+    DistillConfig,
+    FinetuneConfig,
+    PruneConfig,
+    PruneOptions,
+    ReportConfig,
+    SlimConfig,
+    TrainConfig,
+    plain,
+    ratios,
+    tag,
+)
+from slimming.errors import CheckpointError
+from slimming.stages.common import config_differences, finished
+from slimming.stages.finetuning import finetune
+from slimming.stages.pruning import PRUNED, prune
+from slimming.stages.reporting import report
+from slimming.stages.training import train
+
+
+def slim(cfg: SlimConfig, out: Path) -> float:
+    """Train sparsely, prune, fine-tune, report; what is there and finished is kept, what was begun goes on.
+
+    `out` then holds baseline/ (if asked), sparse/, <ratio>/pruned/, <ratio>/finetuned/ (and scratch/) with the files of
+    each stage, the same again in pass-2/ ... where there are several passes, and the report.
+
+    Returns:
+        The test accuracy of the last fine-tuned network, in [0, 1].
+
+    Raises:
+        SlimmingError: of the stages; or `out` holds a stage of another configuration.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
+    if cfg.baseline:
+        _stage(train, TrainConfig(**recipe | {"sparsity": 0.0}), out / "baseline")
+    accuracy, before = math.nan, None
+    for number in range(1, cfg.passes + 1):
+        folder = out if number == 1 else out / f"pass-{number}"
+        if before is None:
+            _stage(train, TrainConfig(**recipe), folder / "sparse")
+        else:
+            again = {"sparsity": cfg.sparsity, "penalty": cfg.penalty, "seed": cfg.seed}
+            again |= {k: getattr(cfg, k) for k in ("optimizer", "scheduler", "trainer")}
+            _stage(finetune, _tuning(cfg, before, **again), folder / "sparse")
+        for ratio in ratios(cfg):
+            accuracy, before = _thin(cfg, folder, ratio)
+    report(ReportConfig(runs=str(out)))
+    return accuracy
+
+
+def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Path]:
+    """Prune and fine-tune folder/sparse at one ratio; return the accuracy and the checkpoint that is left."""
+    sparse, place = folder / "sparse" / "last.ckpt", folder / _name(cfg, ratio)
+    options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
+    one_device = {"_target_": "lightning.pytorch.Trainer", "devices": 1, "logger": False, "enable_progress_bar": False}
+    one_device |= {k: cfg.trainer.get(k) for k in ("accelerator", "limit_test_batches", "limit_val_batches")}
+    one_device |= {"enable_checkpointing": False, "enable_model_summary": False}
+    pruning = PruneConfig(**options | {"ratio": ratio}, checkpoint=str(sparse), seed=cfg.seed, trainer=one_device)
+    _stage(prune, pruning, place / "pruned")
+    thin = place / "pruned" / PRUNED
+    length = {"max_epochs": cfg.finetune.max_epochs} if cfg.finetune.max_epochs else {}
+    rate = {"lr": cfg.finetune.lr} if cfg.finetune.lr else {}
+    teacher = DistillConfig(teacher=str(sparse) if cfg.finetune.distill else None)
+    tuning = _tuning(cfg, thin, trainer=length, optimizer=rate, distill=teacher)
+    accuracy = _stage(finetune, tuning, place / "finetuned")
+    if cfg.finetune.scratch:
+        _stage(finetune, _tuning(cfg, thin, init="scratch"), place / "scratch")
+    return accuracy, place / "finetuned" / "last.ckpt"
+
+
+def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
+    same = {"compile": cfg.compile, "logger": cfg.logger, "callbacks": cfg.callbacks}
+    return FinetuneConfig(checkpoint=str(path), **same | more)
+
+
+def _name(cfg: SlimConfig, ratio: float | None) -> str:
+    """Name a pruning's folder: `ratio-0.7`, `macs-0.5`, `optimal`."""
+    parts = [("ratio", ratio), ("threshold", cfg.threshold), ("macs", cfg.budget.macs), ("params", cfg.budget.params)]
+    return "".join(tag(*part) for part in parts)[1:] or str(cfg.criterion)
+
+
+def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float:
+    """Run a stage unless it is finished there; go on with one that was interrupted.
+
+    Raises:
+        CheckpointError: the folder holds the stage with another configuration.
+    """
+    done = finished(folder)
+    if done:
+        if differences := config_differences(done.get("asked", done["config"]), plain(cfg)):
+            raise CheckpointError(
+                f"{folder} holds a finished run of another configuration: {differences}. "
+                "Give the same values to go on, or another hydra.run.dir"
+            )
+        print(f"{folder}: finished already, kept")
+        return done["metrics"].get("test/acc", math.nan)
+    print(f"\n=== {folder}")
+    if stage is prune:
+        shutil.rmtree(folder, ignore_errors=True)  # the leftovers of an interrupted pruning
+        return prune(cfg, folder)
+    return stage(dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)
