@@ -11,8 +11,8 @@ RUN := .venv/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: .venv/.ready ## a real sparse training on the embedded digits
-	$(RUN) train.py experiment=demo
+demo: .venv/.ready ## the whole pipeline on the embedded digits, then the report
+	$(RUN) slim.py experiment=demo
 
 lint: .venv/.ready
 	$(RUN) -m ruff check .

@@ -123,9 +123,11 @@ def _stages(title: str, runs: list[Run]) -> Section:
     groups: dict[tuple, dict[tuple, tuple[Run, float | None]]] = {}
     for run in runs:
         for name, accuracy in _rows_of(run):
-            groups.setdefault((_order(run, name), name, run.identity), {})[run.seeds] = (run, accuracy)
+            groups.setdefault((name, run.identity), {})[run.seeds] = (run, accuracy)
     rows = []
-    for (_, name, _), seeds in sorted(groups.items(), key=lambda item: item[0]):
+    for (name, _), seeds in sorted(
+        groups.items(), key=lambda item: _order(next(iter(item[1].values()))[0], item[0][0])
+    ):
         members = list(seeds.values())
         of = [run.result for run, _ in members]
         run, cost = members[0][0], {k: round(statistics.mean(r["cost"][k] for r in of)) for k in ("num_params", "macs")}
