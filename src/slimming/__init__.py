@@ -13,6 +13,7 @@ _HOME = {
     "Penalty": "channels.penalty",
     "PerLayerRatio": "channels.criteria",
     "PruningPlan": "channels.plan",
+    "SlimmingCallback": "training.callback",
     "SlimmingError": "errors",
     "SlimmingModule": "training.module",
     "Threshold": "channels.criteria",

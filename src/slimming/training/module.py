@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from slimming.channels.penalty import Penalty, batchnorm_gammas
 from slimming.errors import TrainingError
+from slimming.training.callback import loss_factor
 
 AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}  # of each auxiliary head's loss in their papers
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
@@ -87,11 +88,7 @@ class SlimmingModule(LightningModule):
         self._evaluate("test", batch)
 
     def on_after_backward(self) -> None:
-        factor: float | torch.Tensor = 1 / self.trainer.accumulate_grad_batches  # as Lightning scales the loss
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # gradients are still multiplied by the loss scale here
-            factor = scaler.scale(torch.full((), factor, device=self.device))
-        self.penalty.add_gradient(factor)
+        self.penalty.add_gradient(loss_factor(self.trainer, self))
 
     def on_train_epoch_start(self) -> None:
         self._reset("train")
