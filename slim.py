@@ -3,9 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from slimming import config, entry
-
-config.register()
+from slimming import entry
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="slim")

@@ -18,8 +18,6 @@ SMALL = (
 )
 SMALL += ("trainer.limit_train_batches=4", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
 
-config.register()
-
 
 def compose_config(*overrides: str, name: str = "train") -> config.TrainConfig:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

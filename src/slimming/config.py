@@ -287,3 +287,6 @@ def _check_slim(config: SlimConfig) -> None:
 def plain(config: Any) -> dict:
     """Return a configuration dataclass as plain dicts and lists."""
     return dataclasses.asdict(config)
+
+
+register()  # also in the worker processes of a parallel sweep, which import this module and nothing else of ours
