@@ -4,6 +4,9 @@ Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
 import dataclasses
+import functools
+import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +39,7 @@ class TrainConfig:
     decay_batchnorm: bool = True
     channels_last: bool = True
     compile: bool = False
+    sync_batchnorm: bool = False
     seed: int = 1
     resume: bool = False
     init_from: str | None = None
@@ -113,6 +117,7 @@ class FinetuneConfig:
     decay_batchnorm: bool | None = None
     channels_last: bool | None = None
     compile: bool = False
+    sync_batchnorm: bool = False
     seed: int | None = None
     resume: bool = False
     model: dict[str, Any] = field(default_factory=dict)
@@ -186,6 +191,39 @@ def tag(name: str, value: Any) -> str:
     return f"_{name}-{value:g}" if isinstance(value, int | float) else f"_{name}-{value}"
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun or srun started."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def started() -> str:
+    """Return when this job was started, as text for a folder's name: the same on all ranks of torchrun or srun.
+
+    Their clocks differ, and each composes its own configuration; so rank 0 tells the others through torchrun's store, and
+    under SLURM the number of the job step stands for the time.
+    """
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        return now
+    return _agreed(now)
+
+
+@functools.cache
+def _agreed(now: str) -> str:
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    _STORES.append(store)
+    if rank == 0:
+        store.set("slimming/started", now)
+    return store.get("slimming/started").decode()
+
+
+_STORES: list = []  # kept open: the ranks that ask later find it
+
+
 def register() -> None:
     """Tell Hydra the schemas that the YAML files in configs/ start from."""
     schemas = {"train": TrainConfig, "prune": PruneConfig, "finetune": FinetuneConfig, "report": ReportConfig}
@@ -193,6 +231,9 @@ def register() -> None:
     for name, schema in schemas.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("tag", tag, replace=True)
+    # Cached: the jobs of a sweep take over what the sweep has resolved, on whichever machine they run.
+    OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("on_rank_zero", lambda value: value if rank() == 0 else None, replace=True)
 
 
 def check(cfg: DictConfig) -> Any:

@@ -2,17 +2,21 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from slimming.config import check
-from slimming.errors import SlimmingError
+from slimming.config import check, rank
+from slimming.errors import ConfigError, SlimmingError
 
+DISTRIBUTED = ("train", "finetune")  # stages that take several devices
+OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
 RESUME = {"train": "resume=true ", "finetune": "resume=true ", "slim": ""}
 
 
@@ -27,13 +31,18 @@ def launch(stage: str, cfg: DictConfig) -> float:
     try:
         config = check(cfg)
         from slimming import stages
+        from slimming.training.launcher import started_externally
 
-        return getattr(stages, stage)(config, out)
+        if started_externally():
+            _refuseranks(stage, hydra.mode.name)
+        return stages.run(stage, config, out) if stage in DISTRIBUTED else getattr(stages, stage)(config, out)
     except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
         if stage in RESUME:
             print(f"interrupted: the same command with {RESUME[stage]}hydra.run.dir={out} goes on", file=sys.stderr)
         raise
     except SlimmingError as error:
+        if rank() > 0:
+            time.sleep(OTHERS_WAIT_S)
         if hydra.mode.name == "MULTIRUN":  # Hydra shows only the first failure, at the end of the sweep
             print(f"job {hydra.job.num} failed: {error}", file=sys.stderr)
             if not (out / "result.json").exists():  # so that a report can tell of it
@@ -41,7 +50,20 @@ def launch(stage: str, cfg: DictConfig) -> float:
                 (out / "result.json").write_text(json.dumps(failure))
         raise CompactHydraException(f"error: {error}") from None
     finally:
-        _tidy(out)
+        if rank() == 0:
+            _tidy(out)
+
+
+def _refuseranks(stage: str, mode: str) -> None:
+    if stage not in DISTRIBUTED:
+        raise ConfigError(
+            f"{stage}.py takes one process: start it by python {stage}.py, not by torchrun or srun with several tasks"
+            + " (it starts its own for trainer.devices > 1)" * (stage == "slim")
+        )
+    if mode == "MULTIRUN" and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise ConfigError(
+            "a sweep starts its own processes: python train.py -m trainer.devices=4 ..., without torchrun"
+        )
 
 
 def _tidy(out: Path) -> None:
@@ -52,3 +74,10 @@ def _tidy(out: Path) -> None:
     with contextlib.suppress(OSError):
         for folder in (out, *out.parents[:2]):
             folder.rmdir()
+
+
+if __name__ == "__main__":  # a rank that `launcher.spawn` has started
+    from slimming.stages.running import work
+    from slimming.training.launcher import serve
+
+    serve(Path(sys.argv[1]), work)

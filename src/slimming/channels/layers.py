@@ -37,11 +37,48 @@ class SelectBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.select is not None:
             x = x.index_select(1, self.select)
-        x = super().forward(x)
+        x = self.normalise(x)
         if self.place is not None:
             zeros = torch.zeros((x.shape[0], self.width, *x.shape[2:]), dtype=x.dtype, device=x.device)
             x = zeros.index_copy(1, self.place, x)
         return x
 
+    def normalise(self, x: Tensor) -> Tensor:
+        return nn.modules.batchnorm._BatchNorm.forward(self, x)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, select={self.select is not None}, place={self.place is not None}"
+
+
+class SelectSyncBatchNorm(SelectBatchNorm, nn.SyncBatchNorm):
+    """A SelectBatchNorm whose statistics are those of all ranks; training it needs GPUs."""
+
+    def __init__(self, norm: SelectBatchNorm, process_group=None):
+        super().__init__(norm, norm.select, norm.place, norm.width)
+        self.process_group = process_group
+
+    def _check_non_zero_input_channels(self, x: Tensor) -> None:
+        pass
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return nn.SyncBatchNorm.forward(self, x)
+
+
+def synchronise(model: nn.Module) -> nn.Module:
+    """Turn every BatchNorm into one that shares its statistics over all ranks; parameters, buffers and keys stay.
+
+    Changes the network in place (its parameters may be in an optimizer's hands) and returns it; torch's own conversion would
+    replace a SelectBatchNorm by a plain one and lose its indices.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, nn.SyncBatchNorm):
+            continue
+        if isinstance(module, SelectBatchNorm):
+            new: nn.Module = SelectSyncBatchNorm(module)
+        else:
+            new = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        if not name:
+            return new
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model

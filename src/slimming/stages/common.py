@@ -17,6 +17,7 @@ import hydra
 import lightning.pytorch as pl
 import torch
 from hydra.errors import InstantiationException
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from slimming import data as datasets
@@ -197,9 +198,25 @@ def recorded(out: Path, result: dict) -> Iterator[dict]:
         raise
     finally:
         result["wall_time_s"] = time.monotonic() - started
-        if not (result["error"] and finished(out)):  # else the run that is there is not this one
+        # Else another rank writes it, or the run that is there is not this one.
+        if rank_zero() and not (result["error"] and finished(out)):
             with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
                 write_text(out / RESULT, json.dumps(result, indent=1))
+
+
+def rank_zero() -> bool:
+    """Return whether this process is the one that writes files and talks."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def record_failure(out: Path, stage: str, message: str) -> None:
+    """Write result.json for a stage that could not do it itself; a complete one, or one that tells more, stays."""
+    with contextlib.suppress(OSError, ValueError):
+        if (out / RESULT).exists() and json.loads((out / RESULT).read_text()).get("error"):
+            return
+    if not finished(out):
+        failure = {"format": 1, "status": "failed", "error": message, "stage": stage}
+        write_text(out / RESULT, json.dumps(failure, indent=1))
 
 
 def finished(out: Path) -> dict | None:

@@ -14,11 +14,12 @@ from slimming.config import FinetuneConfig, TrainConfig, plain
 from slimming.data import ImageData
 from slimming.data.sampler import mix
 from slimming.errors import ConfigError
-from slimming.stages.common import build, build_data, example_of, inherit, recorded, relative, try_model
+from slimming.stages.common import build, build_data, example_of, inherit, rank_zero, recorded, relative, try_model
 from slimming.stages.training import Network, fit, resume_point
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
+SAME = ("sparsity", "penalty", "compile", "sync_batchnorm", "resume", "logger", "callbacks")  # of both configurations
 LENGTHS = ("max_epochs", "T_max")  # values of a schedule that are the number of epochs
 SCRATCH = 0x5C7A7C4  # sets the seed of fresh weights apart
 MOST_EPOCHS = 4  # times as many as asked, with epochs_by=macs
@@ -46,7 +47,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         network = _network(cfg, recipe, content, data)
-        if not record["plans"]:
+        if not record["plans"] and rank_zero():
             print(f"{cfg.checkpoint} was never pruned: it is trained further as it is")
         if cfg.epochs_by == "macs":
             dense = checkpoint.architecture(record | {"plans": []}, cfg.checkpoint, _own(cfg, data))
@@ -80,7 +81,7 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
         k: before.get(k, default) if getattr(cfg, k) is None else getattr(cfg, k)
         for k, default in (("decay_batchnorm", True), ("channels_last", True))
     }
-    same = {k: getattr(cfg, k) for k in ("sparsity", "penalty", "compile", "resume", "logger", "callbacks")}
+    same = {k: getattr(cfg, k) for k in SAME}
     return TrainConfig(
         model=cfg.model if cfg.model.get("_target_") else before.get("model", {}), seed=seed, **groups, **taken, **same
     )

@@ -25,6 +25,7 @@ from slimming.stages.common import config_differences, finished
 from slimming.stages.finetuning import finetune
 from slimming.stages.pruning import PRUNED, prune
 from slimming.stages.reporting import report
+from slimming.stages.running import run
 from slimming.stages.training import train
 
 
@@ -109,4 +110,4 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
     if stage is prune:
         shutil.rmtree(folder, ignore_errors=True)  # the leftovers of an interrupted pruning
         return prune(cfg, folder)
-    return stage(dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)
+    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)

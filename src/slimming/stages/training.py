@@ -11,6 +11,7 @@ from torch import nn
 
 from slimming import checkpoint
 from slimming.channels.cost import widths
+from slimming.channels.layers import synchronise
 from slimming.channels.penalty import near_zero_share, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
@@ -23,6 +24,7 @@ from slimming.stages.common import (
     example_of,
     model_label,
     model_spec,
+    rank_zero,
     recorded,
     relative,
     try_model,
@@ -86,6 +88,10 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     """
     model, name = network.model, model_label(network.spec, network.model)
     costs = try_model(model, example_of(data))
+    if cfg.trainer.get("sync_batchnorm"):
+        raise ConfigError(
+            "trainer.sync_batchnorm would forget the indices of pruned BatchNorms: set sync_batchnorm=true"
+        )
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
@@ -102,8 +108,9 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         )
     recorder = Recorder(out)
     trainer = _trainer(cfg, out, recorder)
-    data.prepare_data()
-    data.setup()
+    _meet(trainer, data)
+    if cfg.sync_batchnorm:
+        network.model = module.model = _synchronised(model, trainer)
     say = trainer.print
     gammas = module.penalty.flat()
     say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs")
@@ -124,9 +131,10 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     best = f"; best.ckpt: epoch {recorder.best['epoch']}, val {recorder.best['val/acc']:.2%}" if recorder.best else ""
     if recorder.best:
         metrics |= {"val/acc_best": recorder.best["val/acc"], "best_epoch": recorder.best["epoch"]}
-    figures.curves(recorder.history, out / "curves.png")
     gammas = module.penalty.flat()
-    if len(gammas):
+    if rank_zero():
+        figures.curves(recorder.history, out / "curves.png")
+    if rank_zero() and len(gammas):
         figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", cfg.sparsity)
     say(f"test accuracy {metrics['test/acc']:.2%} after epoch {trainer.max_epochs}{best}; ", end="")
     say(f"{near_zero_share(gammas):.1%} of the gammas are below 1% of the largest")
@@ -142,6 +150,34 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         "size_bytes": weight_bytes(module.model),
         "n_test": len(data.splits["test"]),
     }
+
+
+def _meet(trainer: pl.Trainer, data: ImageData) -> None:
+    """Connect the ranks, then load the data; what has to be downloaded or decoded is so by one of each machine."""
+    if data.batch_size % trainer.world_size:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} must be a multiple of the {trainer.world_size} devices: it is shared out"
+        )
+    trainer.strategy.setup_environment()
+    if trainer.local_rank == 0:
+        data.prepare_data()
+    trainer.strategy.barrier()
+    data.setup()
+
+
+def _synchronised(model: nn.Module, trainer: pl.Trainer) -> nn.Module:
+    """Let BatchNorms share their statistics over all ranks.
+
+    Raises:
+        ConfigError: several processes without GPUs, which torch's SyncBatchNorm needs.
+    """
+    if trainer.world_size == 1:
+        return model
+    if trainer.strategy.root_device.type != "cuda":
+        raise ConfigError(
+            "sync_batchnorm=true needs GPUs: torch has no synchronised BatchNorm for several CPU processes"
+        )
+    return synchronise(model)
 
 
 def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dict) -> SlimmingModule:

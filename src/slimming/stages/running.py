@@ -1,0 +1,80 @@
+"""Running a training in as many processes as it has devices on this machine."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from slimming import checkpoint
+from slimming import config as schemas
+from slimming.config import FinetuneConfig, TrainConfig, plain
+from slimming.errors import ConfigError, SlimmingError
+from slimming.stages.common import build, finished, inherit, quiet, record_failure
+from slimming.stages.finetuning import finetune
+from slimming.stages.training import train
+from slimming.training import launcher
+
+DISTRIBUTED: dict[str, Callable[[Any, Path], float]] = {"train": train, "finetune": finetune}
+
+
+def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
+    """Run `train` or `finetune` here, or in one process per device if there are several.
+
+    Returns:
+        What the stage returns: the test accuracy.
+
+    Raises:
+        SlimmingError: of the stage, whichever rank raised it first.
+    """
+    processes = 1 if launcher.started_externally() else _processes(_trainer(cfg))
+    if processes == 1:
+        return DISTRIBUTED[stage](cfg, out)
+    out.mkdir(parents=True, exist_ok=True)
+    job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
+    try:
+        launcher.spawn(job, processes)
+    except BaseException as error:
+        message = str(error) if isinstance(error, SlimmingError) else "interrupted"
+        record_failure(out, stage, message)
+        raise
+    result = finished(out)
+    return result["metrics"].get("test/acc", math.nan) if result else math.nan
+
+
+def work(job: dict) -> None:
+    """Do one rank's part of a job that `run` has described."""
+    schema = OmegaConf.structured(getattr(schemas, job["schema"]))
+    cfg = OmegaConf.to_object(OmegaConf.merge(schema, job["config"]))
+    DISTRIBUTED[job["stage"]](cfg, Path(job["out"]))
+
+
+def _trainer(cfg: TrainConfig | FinetuneConfig) -> dict:
+    if isinstance(cfg, TrainConfig):
+        return cfg.trainer
+    return inherit("trainer", cfg.trainer, checkpoint.read(cfg.checkpoint)["slimming"]["config"].get("trainer"))
+
+
+def _processes(trainer: dict) -> int:
+    """Return how many processes this machine is asked for.
+
+    Raises:
+        ConfigError: more devices than there are, or several nodes without a launcher that starts processes on each.
+    """
+    nodes = trainer.get("num_nodes") or 1
+    if nodes != 1:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} needs a launcher that starts processes on every node: "
+            "torchrun --nnodes=2 --nproc_per_node=4 train.py ..., or srun python train.py ... in a SLURM job"
+        )
+    if trainer.get("devices") in (None, 1, "1"):
+        return 1
+    asked = {k: trainer[k] for k in ("_target_", "accelerator", "devices") if k in trainer}
+    with quiet():
+        probe = build("trainer", asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    kind, count = type(probe.accelerator).__name__, probe.num_devices
+    if kind == "CPUAccelerator" and count > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"trainer.devices={trainer['devices']}: this machine has no GPU for it and {cores} CPU cores")
+    return count

@@ -1,0 +1,149 @@
+"""Several processes for one job: started with the job's own composed configuration, watched, and ended together.
+
+Lightning starts its DDP processes by repeating the command line, so that under Hydra's multirun each of them would begin the
+whole sweep. Here the process that Hydra runs stays outside: it starts one worker per device, and a worker that dies takes
+its job with it, not the sweep.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from slimming.errors import SlimmingError, TrainingError
+
+POLL_S = 0.1
+GRACE_S = 3.0  # between asking the other ranks to end and ending them
+
+
+def started_externally() -> bool:
+    """Return whether torchrun, srun or `spawn` started this process as one of several."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return several and any(key in os.environ for key in ("LOCAL_RANK", "SLURM_PROCID"))
+
+
+def spawn(job: dict, processes: int) -> None:
+    """Run `python -m slimming.entry <job>` once per device of this machine and wait.
+
+    Args:
+        job: plain data; `serve` gets it in every process.
+
+    Raises:
+        SlimmingError: the first error of any rank, if it is one of ours.
+        TrainingError: a rank was killed, or raised something else (its traceback is on the screen).
+        KeyboardInterrupt: Ctrl-C, once all ranks have ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="slimming-") as folder:
+        place = Path(folder)
+        (place / "job.json").write_text(json.dumps(job))
+        ranks = _start(place, processes)
+        try:
+            codes = [rank.poll() for rank in ranks]
+            while None in codes and not any(codes):
+                time.sleep(POLL_S)
+                codes = [rank.poll() for rank in ranks]
+        except KeyboardInterrupt:  # the terminal has told the ranks as well; Lightning closes down
+            _end(ranks, signal.SIGINT)
+            raise
+        if any(codes):
+            time.sleep(2 * POLL_S)  # for errors on their way to the disk
+            killed = [r for r, rank in enumerate(ranks) if (rank.poll() or 0) < 0]
+            _end(ranks, signal.SIGTERM)
+            _raise_first(place, killed, codes)
+
+
+def _start(place: Path, processes: int) -> list[subprocess.Popen]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes))
+    ranks = []
+    for rank in range(processes):
+        env = os.environ | {key: str(value) for key, value in (shared | {"LOCAL_RANK": rank}).items()}
+        log = None if rank == 0 else (place / f"rank-{rank}.log").open("w")
+        command = [sys.executable, "-m", "slimming.entry", str(place)]
+        ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        if log:
+            log.close()
+    return ranks
+
+
+def _end(ranks: list[subprocess.Popen], sign: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            with contextlib.suppress(OSError):
+                rank.send_signal(sign)
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+def _raise_first(place: Path, killed: list[int], codes: list[int | None]) -> None:
+    """Raise what went wrong first; what the other ranks say of lost connections is its consequence."""
+    if killed:
+        sign = -(codes[killed[0]] or 0)
+        raise TrainingError(f"rank {killed[0]} was killed (signal {sign}; out of memory?); the other ranks were ended")
+    errors = sorted((json.loads(p.read_text()) for p in place.glob("error-*.json")), key=lambda error: error["time"])
+    if not errors:
+        rank = next(r for r, code in enumerate(codes) if code)
+        log = place / f"rank-{rank}.log"
+        said = log.read_text()[-2000:] if log.exists() else ""
+        raise TrainingError(
+            f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{said}"
+        )
+    first = errors[0]
+    if first["kind"] == "interrupted":
+        raise KeyboardInterrupt
+    if first["kind"] == "ours":
+        raise SlimmingError(first["message"])
+    print(first["traceback"], file=sys.stderr)
+    raise TrainingError(f"rank {first['rank']} failed: {first['message']}; the other ranks were ended")
+
+
+def serve(place: Path, work: Callable[[dict], object]) -> None:
+    """Do a rank's work; leave an error where `spawn` finds it, and end at once: open connections must not hold the process."""
+    _die_with_parent()
+    rank = int(os.environ["LOCAL_RANK"])
+    try:
+        work(json.loads((place / "job.json").read_text()))
+        code = 0
+    except BaseException as error:
+        kind = "ours" if isinstance(error, SlimmingError) else "other"
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            kind = "interrupted"
+        message = str(error) if kind == "ours" else f"{type(error).__name__}: {error}"
+        told = {
+            "rank": rank,
+            "time": time.time(),
+            "kind": kind,
+            "message": message,
+            "traceback": traceback.format_exc(),
+        }
+        temporary = place / f".error-{rank}"
+        with contextlib.suppress(OSError):  # the folder is gone: so is the one to tell
+            temporary.write_text(json.dumps(told))
+            temporary.rename(place / f"error-{rank}.json")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it ends, however that ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
