@@ -31,6 +31,7 @@ from slimming.stages.common import (
     weight_bytes,
 )
 from slimming.training.distillation import DistillingModule
+from slimming.training.launcher import torchrun_devices
 from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
@@ -204,7 +205,7 @@ def _trainer(cfg: TrainConfig, out: Path, recorder: Recorder) -> pl.Trainer:
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
     return build(
         "trainer",
-        cfg.trainer,
+        cfg.trainer | torchrun_devices(),
         callbacks=[*lines, recorder, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
         logger=[build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()],
         plugins=[AtomicCheckpointIO()],
