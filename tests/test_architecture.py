@@ -18,9 +18,10 @@ ROOMS = {  # room -> rooms it may import; `errors` is free to all
     "checkpoint": {"channels", "models"},
     "ports": {"channels", "checkpoint"},
     "training": {"channels", "checkpoint"},
-    "config": set(),
-    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config"},
-    "entry": {"config", "stages"},
+    "config": {"ranks"},
+    "ranks": set(),
+    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "ranks"},
+    "entry": {"config", "ranks", "stages"},
     "__init__": set(),
 }
 HEAVY = {"channels": {"torch"}, "models": {"torch", "torchvision"}, "checkpoint": {"torch"}}  # all they may import

@@ -4,9 +4,6 @@ Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
 import dataclasses
-import functools
-import os
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from slimming.errors import ConfigError, check_choice, check_number
+from slimming.ranks import rank, started
 
 
 @dataclass
@@ -189,39 +187,6 @@ def tag(name: str, value: Any) -> str:
     if value is None:
         return ""
     return f"_{name}-{value:g}" if isinstance(value, int | float) else f"_{name}-{value}"
-
-
-def rank() -> int:
-    """Return the number of this process among those that torchrun or srun started."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
-def started() -> str:
-    """Return when this job was started, as text for a folder's name: the same on all ranks of torchrun or srun.
-
-    Their clocks differ, and each composes its own configuration; so rank 0 tells the others through torchrun's store, and
-    under SLURM the number of the job step stands for the time.
-    """
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        return now
-    return _agreed(now)
-
-
-@functools.cache
-def _agreed(now: str) -> str:
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, _ = next(rendezvous("env://"))
-    _STORES.append(store)
-    if rank == 0:
-        store.set("slimming/started", now)
-    return store.get("slimming/started").decode()
-
-
-_STORES: list = []  # kept open: the ranks that ask later find it
 
 
 def register() -> None:

@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from slimming.config import check, rank
+from slimming.config import check
 from slimming.errors import ConfigError, SlimmingError
+from slimming.ranks import rank, started_externally
 
 DISTRIBUTED = ("train", "finetune")  # stages that take several devices
 OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
@@ -31,7 +32,6 @@ def launch(stage: str, cfg: DictConfig) -> float:
     try:
         config = check(cfg)
         from slimming import stages
-        from slimming.training.launcher import started_externally
 
         if started_externally():
             _refuseranks(stage, hydra.mode.name)
@@ -77,7 +77,6 @@ def _tidy(out: Path) -> None:
 
 
 if __name__ == "__main__":  # a rank that `launcher.spawn` has started
-    from slimming.stages.running import work
-    from slimming.training.launcher import serve
+    from slimming.stages.running import serve
 
-    serve(Path(sys.argv[1]), work)
+    serve(Path(sys.argv[1]))

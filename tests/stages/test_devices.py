@@ -15,7 +15,7 @@ from torch import nn
 
 import slimming
 from conftest import ROOT, SMALL, compose_config
-from slimming import checkpoint, config, models, stages
+from slimming import checkpoint, models, ranks, stages
 from slimming.channels.layers import SelectBatchNorm, SelectSyncBatchNorm, synchronise
 from slimming.errors import ConfigError, SlimmingError, TrainingError
 from slimming.stages import running
@@ -264,17 +264,17 @@ def test_synchronised_networks_keep_parameters_keys_and_indices():
 
 
 def test_the_time_of_a_start_is_shared(monkeypatch):
-    assert config.started()[:2] == "20"
+    assert ranks.started()[:2] == "20"
     for key, value in (("SLURM_NTASKS", "4"), ("SLURM_PROCID", "3"), ("SLURM_JOB_ID", "7"), ("SLURM_STEP_ID", "2")):
         monkeypatch.setenv(key, value)
-    assert config.started() == "slurm-7-2" and launcher.started_externally() and config.rank() == 3
+    assert ranks.started() == "slurm-7-2" and ranks.started_externally() and ranks.rank() == 3
 
 
 def test_how_torchrun_lays_out_devices(monkeypatch):
-    assert launcher.torchrun_devices() == {}
+    assert ranks.torchrun_devices() == {}
     for key, value in (("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(key, value)
-    assert launcher.torchrun_devices() == {"devices": 4, "num_nodes": 2}
+    assert ranks.torchrun_devices() == {"devices": 4, "num_nodes": 2}
 
 
 def test_a_job_survives_its_description(tmp_path, monkeypatch):

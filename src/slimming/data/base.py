@@ -104,11 +104,15 @@ class ImageData(LightningDataModule):
         sampler = EpochSampler(len(self.splits[split]), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world)
         # A last batch of one image has no variance for BatchNorm to normalise with.
         lonely = shuffle and len(sampler) % size == 1
+        return self.loader(split, size, sampler, lonely)
+
+    def loader(self, split: str, batch_size: int, sampler: EpochSampler, drop_last: bool) -> DataLoader:
+        """Return the loader of a split's batches (uint8 images (N, C, H, W), labels (N,))."""
         return DataLoader(
             self.splits[split],
-            size,
+            batch_size,
             sampler=sampler,
-            drop_last=lonely,
+            drop_last=drop_last,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else every new iterator draws from the generator of the augmentation

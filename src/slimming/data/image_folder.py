@@ -49,7 +49,7 @@ class ImageFolder(ImageData):
         _check_classes(self.root, self.files)
         self.num_classes = len(self.classes)
         if image_size is None:
-            image_size = min(_open(self.files["train"][self.classes[0]][0]).size)
+            image_size = min(open_image(self.files["train"][self.classes[0]][0]).size)
             self.resize = False
         else:
             check_number("data.image_size", image_size, 1, whole=True)
@@ -139,7 +139,8 @@ def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
         raise DataError(f"data.root={root}: no images ({', '.join(sorted(EXTENSIONS))}) in {', '.join(empty)}")
 
 
-def _open(file: Path) -> Image.Image:
+def open_image(file: Path) -> Image.Image:
+    """Open an image as RGB; DataError if it cannot be read."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -159,7 +160,7 @@ class _Decoded(Dataset):
         from torchvision.transforms.v2 import functional as T
 
         try:
-            image = _open(self.files[index])
+            image = open_image(self.files[index])
             if self.resize:
                 image = T.center_crop(T.resize(image, [self.size], antialias=True), [self.size, self.size])
             elif image.size != (self.size, self.size):

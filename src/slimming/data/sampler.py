@@ -11,7 +11,12 @@ class EpochSampler(Sampler[int]):
 
     Shuffled (training): the permutation of (seed, epoch), sliced by rank, every rank equally many. In order
     (evaluation): sliced by rank and never padded, so that every image counts once.
+
+    Attributes:
+        numbers_epochs: yield epoch * n + index instead of the index, for data sets that augment by themselves.
     """
+
+    numbers_epochs = False
 
     def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.n, self.shuffle, self.seed, self.rank, self.world_size = n, shuffle, seed, rank, world_size
@@ -25,7 +30,8 @@ class EpochSampler(Sampler[int]):
             return iter(range(self.rank, self.n, self.world_size))
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator)
-        return iter(order[self.rank :: self.world_size][: len(self)].tolist())
+        mine = order[self.rank :: self.world_size][: len(self)]
+        return iter((mine + self.epoch * self.n * self.numbers_epochs).tolist())
 
     def __len__(self) -> int:
         if self.shuffle:

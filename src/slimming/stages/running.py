@@ -12,6 +12,7 @@ from slimming import checkpoint
 from slimming import config as schemas
 from slimming.config import FinetuneConfig, TrainConfig, plain
 from slimming.errors import ConfigError, SlimmingError
+from slimming.ranks import started_externally
 from slimming.stages.common import build, finished, inherit, quiet, record_failure
 from slimming.stages.finetuning import finetune
 from slimming.stages.training import train
@@ -29,7 +30,7 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
     Raises:
         SlimmingError: of the stage, whichever rank raised it first.
     """
-    processes = 1 if launcher.started_externally() else _processes(_trainer(cfg))
+    processes = 1 if started_externally() else _processes(_trainer(cfg))
     if processes == 1:
         return DISTRIBUTED[stage](cfg, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,11 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
         raise
     result = finished(out)
     return result["metrics"].get("test/acc", math.nan) if result else math.nan
+
+
+def serve(place: Path) -> None:
+    """Be one rank of the job that `launcher.spawn` has described in the folder `place`."""
+    launcher.serve(place, work)
 
 
 def work(job: dict) -> None:

@@ -16,6 +16,7 @@ from slimming.channels.penalty import near_zero_share, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError
+from slimming.ranks import torchrun_devices
 from slimming.report import figures
 from slimming.stages.common import (
     build,
@@ -31,7 +32,6 @@ from slimming.stages.common import (
     weight_bytes,
 )
 from slimming.training.distillation import DistillingModule
-from slimming.training.launcher import torchrun_devices
 from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder

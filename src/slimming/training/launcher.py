@@ -25,20 +25,6 @@ POLL_S = 0.1
 GRACE_S = 3.0  # between asking the other ranks to end and ending them
 
 
-def started_externally() -> bool:
-    """Return whether torchrun, srun or `spawn` started this process as one of several."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    return several and any(key in os.environ for key in ("LOCAL_RANK", "SLURM_PROCID"))
-
-
-def torchrun_devices() -> dict[str, int]:
-    """Return the Trainer's {devices, num_nodes} as torchrun has laid them out, {} without it."""
-    if not started_externally() or "LOCAL_WORLD_SIZE" not in os.environ:
-        return {}
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
-
-
 def spawn(job: dict, processes: int) -> None:
     """Run `python -m slimming.entry <job>` once per device of this machine and wait.
 

@@ -1,0 +1,152 @@
+"""Image folders too large for memory, ImageNet first of all: decoded by workers while the network trains."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from slimming.data.base import ImageData, split_off
+from slimming.data.image_folder import EXTENSIONS, open_image
+from slimming.data.sampler import EpochSampler, mix
+from slimming.errors import ConfigError, DataError, check_number
+
+
+class FileImages(Dataset):
+    """Images decoded when asked for; file names are one array of bytes, which worker processes share without copying.
+
+    An item's number is epoch * n + index, so that its augmentation is a function of seed, epoch and image.
+    """
+
+    def __init__(
+        self, files: np.ndarray, labels: np.ndarray, size: int, resize: int, augment: bool, flips: bool, seed: int
+    ):
+        self.files, self.labels, self.size, self.resize, self.seed = files, labels, size, resize, seed
+        self.augment, self.flips = augment, flips
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        """Return (3, S, S) uint8 and the class."""
+        epoch, index = divmod(number, len(self.files))
+        image = open_image(Path(os.fsdecode(self.files[index])))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed, epoch, index))
+            return self._view(image), int(self.labels[index])
+
+    def _view(self, image) -> torch.Tensor:
+        from torchvision.transforms import v2
+
+        if self.augment:
+            steps = [v2.RandomResizedCrop(self.size, antialias=True)] + [v2.RandomHorizontalFlip()] * self.flips
+        else:
+            steps = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.size)]
+        return v2.Compose([*steps, v2.PILToTensor()])(image)
+
+
+class ImageNet(ImageData):
+    """Colour images from `root`/{train,val}/<class>/ at `image_size` pixels; only file names are kept in memory.
+
+    Training: random resized crops and flips; evaluation: the shorter side resized to `image_size` * 256 / 224 and the middle
+    cut out (the recipe of the torchvision references). Both run in `num_workers` processes; normalising on the device.
+    """
+
+    in_channels = 3
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        root: str | None = None,
+        image_size: int = 224,
+        flips: bool = True,
+        num_workers: int | None = None,
+        **kwargs,
+    ):
+        """List the files; no image is decoded.
+
+        Args:
+            num_workers: decoding processes of every rank; None: one per CPU core that this rank has.
+
+        Raises:
+            DataError: no such folder, fewer than two classes, a class without images, parts with other classes.
+        """
+        super().__init__(**kwargs)
+        check_number("data.image_size", image_size, 1, whole=True)
+        if num_workers is not None:
+            check_number("data.num_workers", num_workers, 0, whole=True)
+        if root is None:
+            raise DataError("data.root must name a folder that holds train/<class>/ and val/<class>/")
+        self.image_size, self.flips, self.num_workers = image_size, flips, num_workers
+        held = "val" if (Path(root) / "val").is_dir() else "test"
+        self.listed = {part: list_files(Path(root) / name) for part, name in (("train", "train"), ("test", held))}
+        self.classes = self.listed["train"][2]
+        if self.classes != self.listed["test"][2]:
+            odd = sorted(set(self.classes) ^ set(self.listed["test"][2]))
+            raise DataError(f"data.root={root}: train and {held} must hold the same classes; only in one: {odd[:5]}")
+        self.num_classes = len(self.classes)
+
+    def statistics(self) -> dict:
+        return super().statistics() | {"classes": self.classes}
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.splits:
+            return
+        files, labels, _ = self.listed["train"]
+        rest, held = split_off(torch.from_numpy(labels), self.val_size)
+        self.splits = {"train": self._images(files[rest], labels[rest], self.augment)}
+        if len(held):
+            self.splits["val"] = self._images(files[held], labels[held], False)
+        self.splits["test"] = self._images(*self.listed["test"][:2], False)
+        if len(rest) < self.batch_size:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} is more than the {len(rest)} training images there are"
+            )
+
+    def _images(self, files: np.ndarray, labels: np.ndarray, augment: bool) -> FileImages:
+        return FileImages(
+            files, labels, self.image_size, round(self.image_size * 256 / 224), augment, self.flips, self.seed
+        )
+
+    def loader(self, split: str, batch_size: int, sampler: EpochSampler, drop_last: bool) -> DataLoader:
+        sampler.numbers_epochs = True
+        world = self.trainer.world_size if self.trainer else 1
+        workers = max(1, (os.cpu_count() or 1) // world) if self.num_workers is None else self.num_workers
+        return DataLoader(
+            self.splits[split],
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every new iterator draws from the generator of dropout
+        )
+
+    def transform(self, images: torch.Tensor, augment: bool = False) -> torch.Tensor:
+        return super().transform(images, augment=False)  # the workers have augmented them
+
+
+def list_files(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """List `folder`/<class>/<image>, sorted: (files (n,) bytes, labels (n,) int64, class names).
+
+    Raises:
+        DataError: no such folder, fewer than two classes, a class without images.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"data.root: {folder} is not there; the layout is <root>/train/<class>/ and <root>/val/<class>/"
+        )
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(f"data.root: at least two classes are needed, found {classes} in {folder}")
+    files, counts = [], []
+    for name in classes:
+        found = sorted(
+            os.fsencode(e.path) for e in os.scandir(folder / name) if os.path.splitext(e.name)[1].lower() in EXTENSIONS
+        )
+        if not found:
+            raise DataError(f"data.root: no images ({', '.join(sorted(EXTENSIONS))}) in {folder / name}")
+        files.append(np.array(found, dtype=np.bytes_))
+        counts.append(len(found))
+    return np.concatenate(files), np.repeat(np.arange(len(classes)), counts), classes
