@@ -338,3 +338,15 @@ def test_a_sweep_goes_on_past_a_failing_job_and_single_failures_leave_nothing(sp
 
 
 TEXT = {"capture_output": True, "text": True, "timeout": 300}
+
+
+@pytest.mark.slow
+def test_a_parallel_sweep_survives_a_failing_job(sparse, tmp_path):
+    command = [sys.executable, str(ROOT / "prune.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run([*command, f"checkpoint={sparse}", *QUICK, "ratio=0.3,1.5,0.5"], cwd=tmp_path, **TEXT)
+    assert done.returncode == 1 and "ratio must lie in [0, 1)" in done.stderr
+    folders = sorted((tmp_path / "runs" / "prune_sweep").glob("*/*/"))
+    assert [result(f)["status"] for f in folders] == ["finished", "failed", "finished"]
+    subprocess.run([sys.executable, str(ROOT / "report.py")], cwd=tmp_path, check=True, **TEXT)
+    text = (tmp_path / "runs" / "report.md").read_text()
+    assert "ratio must lie in [0, 1)" in text.split("What failed")[1] and "ratio 0.3" in text
