@@ -155,6 +155,7 @@ class ReportConfig:
     out: str | None = None
 
 
+DISTRIBUTED = ("train", "finetune")  # stages that torchrun and srun may start once per device
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
@@ -198,6 +199,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("tag", tag, replace=True)
     # Cached: the jobs of a sweep take over what the sweep has resolved, on whichever machine they run.
     OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("at_least_one", lambda n: n or 1, replace=True)
+    OmegaConf.register_new_resolver("tasks", lambda job, n: n or 1 if job in DISTRIBUTED else 1, replace=True)
     OmegaConf.register_new_resolver("on_rank_zero", lambda value: value if rank() == 0 else None, replace=True)
 
 
@@ -240,6 +243,26 @@ def _check_prune(config: PruneConfig) -> None:
 
 
 def _check_options(config: PruneOptions) -> None:
+    check_choice("ties", config.ties, ("together", "apart"))
+    check_choice("reduce", config.reduce, ("max", "mean"))
+    check_choice("score", config.score, ("gamma", "random", "weight_l1"))
+    check_choice("convention", config.convention, ("exact", "reference"))
+    check_number("min_channels", config.min_channels, 1, whole=True)
+    check_number("round_to", config.round_to, 1, whole=True)
+    check_number("max_layer_ratio", config.max_layer_ratio, 0, 1, above=True)
+    check_number("delta", config.delta, 0, 1)
+    if config.threshold is not None:
+        check_number("threshold", config.threshold, 0)
+    for key in ("macs", "params"):
+        if getattr(config.budget, key) is not None:
+            check_number(f"budget.{key}", getattr(config.budget, key), 0, 1, above=True)
+    for ratio in config.ratio if isinstance(config.ratio, list) else [config.ratio]:
+        if ratio is not None:
+            check_number("ratio", ratio, 0)
+            if ratio >= 1:
+                raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {ratio!r}")
+    if config.convention != "exact" and (config.ratio is None or config.criterion not in (None, "global")):
+        raise ConfigError(f"convention={config.convention} is for a global ratio only")
     check_number("calibrate.batches", config.calibrate.batches, 0, whole=True)
     check_number("latency_batch", config.latency_batch, 0, whole=True)
 
@@ -265,13 +288,9 @@ def ratios(config: SlimConfig) -> list[float | None]:
 
 def _check_slim(config: SlimConfig) -> None:
     check_number("passes", config.passes, 1, whole=True)
+    _check_options(config)
     if config.ratio == []:
         raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
-    for ratio in ratios(config):
-        if ratio is not None:
-            check_number("ratio", ratio, 0)
-            if ratio >= 1:
-                raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {ratio!r}")
     if len(set(ratios(config))) < len(ratios(config)):
         raise ConfigError(f"ratio={config.ratio} names a share twice")
     if config.passes > 1 and len(ratios(config)) > 1:
@@ -283,7 +302,6 @@ def _check_slim(config: SlimConfig) -> None:
             "slim.py goes on by itself where it stopped: give the same hydra.run.dir, not resume or init_from"
         )
     criterion_name(config)
-    _check_options(config)
     if config.finetune.max_epochs is not None:
         check_number("finetune.max_epochs", config.finetune.max_epochs, 1, whole=True)
     if config.finetune.lr is not None:

@@ -12,11 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from slimming.config import check
+from slimming.config import DISTRIBUTED, check
 from slimming.errors import ConfigError, SlimmingError
 from slimming.ranks import rank, started_externally
 
-DISTRIBUTED = ("train", "finetune")  # stages that take several devices
 OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
 RESUME = {"train": "resume=true ", "finetune": "resume=true ", "slim": ""}
 
@@ -72,7 +71,34 @@ def _tidy(out: Path) -> None:
         return
     shutil.rmtree(out / ".hydra", ignore_errors=True)
     with contextlib.suppress(OSError):
+        out.rmdir()
+        for folder in out.parents[:2]:
+            if Path.cwd() not in folder.parents:
+                break
+            folder.rmdir()
+
+
+def _refuseranks(stage: str, mode: str) -> None:
+    if stage not in DISTRIBUTED:
+        raise ConfigError(
+            f"{stage}.py takes one process: start it by python {stage}.py, not by torchrun or srun with several tasks"
+            + " (it starts its own for trainer.devices > 1)" * (stage == "slim")
+        )
+    if mode == "MULTIRUN" and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise ConfigError(
+            "a sweep starts its own processes: python train.py -m trainer.devices=4 ..., without torchrun"
+        )
+
+
+def _tidy(out: Path) -> None:
+    """Remove a run directory in which the stage left nothing, with the empty ones above it."""
+    if out == Path.cwd() or any(entry.name != ".hydra" for entry in out.iterdir()):
+        return
+    shutil.rmtree(out / ".hydra", ignore_errors=True)
+    with contextlib.suppress(OSError):
         for folder in (out, *out.parents[:2]):
+            if folder == Path.cwd():
+                break
             folder.rmdir()
 
 

@@ -40,14 +40,14 @@ def trained(role, seed=1, accuracy=0.8, epochs=3, sparsity=1e-4, parent=None, **
         "widths": [8, "M", 12],
         "history": history(epochs),
         "gammas": {"edges": edges, "counts": counts},
-        "config": {"sparsity": sparsity, "seed": seed, "data": {"seed": seed, "root": f"/x/{seed}"}},
+        "config": {"sparsity": sparsity, "seed": seed, "data": {"seed": seed, "root": f"/x/{seed}/images"}},
     } | more
 
 
 def pruned(parent, asked=0.5, seed=1, got=None, cost=400, **config):
     told = {"ties": "together", "score": "gamma", "ratio": asked, "calibrate": {"batches": 100}} | config
     return trained("pruned", seed, parent=parent, stage="prune", config=told, history=None) | {
-        "metrics": {"test/acc_before": 0.8, "test/acc_pruned": 0.1 * asked, "test/acc": 0.8 - asked / 10},
+        "metrics": {"test/acc_before": 0.8, "test/acc_pruned": 0.1 * (asked or 0), "test/acc": 0.8 - (asked or 0) / 10},
         "cost": {"num_params": cost, "macs": 20_000},
         "cost_before": {"num_params": 1000, "macs": 50_000},
         "widths_before": [8, "M", 12],
@@ -56,7 +56,7 @@ def pruned(parent, asked=0.5, seed=1, got=None, cost=400, **config):
         "criterion": {"criterion": "GlobalRatio", "ratio": asked},
         "score": "gamma",
         "plan": {"put_back": 2},
-        "gammas": {"kept": [1], "removed": [1], "edges": [0, 1], "threshold": 0.01 * asked},
+        "gammas": {"kept": [1], "removed": [1], "edges": [0, 1], "threshold": 0.01 * (asked or 0.3)},
         "latency_ms": {"before": 10.0, "after": 5.0, "batch": 64, "device": "cpu, 2 threads", "precision": "32-true"},
     }
 
@@ -158,6 +158,23 @@ def test_only_repetitions_of_one_experiment_are_averaged(tmp_path):
         "sparse, lambda 0.0001, 3 epochs": "60.00 ± 14.14 (n=2)",
         "sparse, lambda 0.0001, 4 epochs": "90.00",
     }
+
+
+def test_other_data_and_unknown_origins_are_no_repetitions(tmp_path):
+    for name, seed, root in (("a", 1, "/x/cats"), ("b", 2, "/y/cats"), ("c", 3, "/x/dogs")):
+        config = {"sparsity": 1e-4, "seed": seed, "data": {"root": root, "seed": seed}}
+        write(tmp_path, name, trained("sparse", seed, config=config))
+    for name in "de":
+        write(tmp_path, name, pruned(f"../gone-{name}/last.ckpt"))
+    write(tmp_path, "f", pruned("../a/last.ckpt", None, got=0.3) | {"ratio": {"asked": None, "got": 0.3}})
+    write(tmp_path, "g", pruned("../a/last.ckpt", 0.3))
+    report(ReportConfig(runs=str(tmp_path)))
+    rows = table_of(tmp_path, ": stages")
+    assert [r["test accuracy (%)"] for r in rows if r["network"].startswith("sparse")] == [
+        "80.00 ± 0.00 (n=2)",
+        "80.00",
+    ]
+    assert sum("from a run that is not here" in r["network"] and "calibrated" in r["network"] for r in rows) == 2
 
 
 def test_sections_without_data_are_left_out(tmp_path):

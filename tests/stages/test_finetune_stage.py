@@ -167,6 +167,15 @@ def test_the_optimizer_state_goes_on_when_asked(folder, tmp_path):
         finetune(folder / "sparse/last.ckpt", tmp_path / "y", "optimizer_state=true")
 
 
+def test_double_precision_goes_through_all_stages(tmp_path):
+    stages.train(compose_config(*SMALL, "trainer.precision=64-true", "trainer.max_epochs=1"), tmp_path / "a")
+    options = (f"checkpoint={tmp_path}/a/last.ckpt", "ratio=0.3", "latency_batch=2", "calibrate.batches=2")
+    stages.prune(compose_config(*options, name="prune"), tmp_path / "b")
+    teacher = f"distill.teacher={tmp_path}/a/last.ckpt"
+    finetune(tmp_path / "b/pruned.ckpt", tmp_path / "c", *SHORT, teacher, "epochs_by=macs")
+    assert all(v.dtype == torch.float64 for v in state(tmp_path / "c").values() if v.is_floating_point())
+
+
 def test_a_network_that_was_never_pruned_is_said_to_be(folder, tmp_path, capsys):
     finetune(folder / "sparse/last.ckpt", tmp_path, *SHORT)
     assert "was never pruned" in capsys.readouterr().out

@@ -11,7 +11,6 @@ import slimming
 from conftest import SMALL, compose_config
 from slimming import checkpoint, stages
 from slimming.errors import CheckpointError, ConfigError
-from slimming.stages import pipeline
 
 QUICK = (
     "model.widths=[8,M,12]",
@@ -84,14 +83,14 @@ def test_what_is_finished_is_kept_and_more_ratios_are_added(tmp_path, capsys):
         slim(tmp_path, "ratio=0.5", "sparsity=0.02")
     with pytest.raises(CheckpointError, match=r"pruned holds .* round_to was 1, is 4"):
         slim(tmp_path, "ratio=0.5", "round_to=4")
-    with pytest.raises(CheckpointError, match=r"finetuned holds .*optimizer\.lr was None, is 0\.5"):
+    with pytest.raises(CheckpointError, match=r"finetuned holds .*optimizer\.lr was 0\.1, is 0\.5"):
         slim(tmp_path, "ratio=0.5", "finetune.lr=0.5")
     assert times(tmp_path) == after
     assert all(result(tmp_path / f)["status"] == "finished" for f in folders(tmp_path))
 
 
 @pytest.mark.parametrize("where", ["sparse", "finetuned"])
-def test_interrupted_and_started_again_equals_uninterrupted(where, tmp_path, monkeypatch):
+def test_interrupted_and_started_again_equals_uninterrupted(where, tmp_path):
     slim(tmp_path / "a", "ratio=0.5", "trainer.max_epochs=3")
     stop = "+callbacks.stop={_target_: test_train_stage.Stop, epoch: 1}"
     if where == "finetuned":
@@ -104,8 +103,7 @@ def test_interrupted_and_started_again_equals_uninterrupted(where, tmp_path, mon
         assert same(state(tmp_path / "a" / name), state(tmp_path / "b" / name))
 
 
-def test_an_interrupted_pruning_is_done_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "finetune", lambda cfg, out: 0.0)
+def test_an_interrupted_pruning_is_done_again(tmp_path):
     slim(tmp_path, "ratio=0.5")
     before = state(tmp_path / "ratio-0.5/pruned/pruned.ckpt")
     os.remove(tmp_path / "ratio-0.5/pruned/result.json")
@@ -139,6 +137,37 @@ def test_several_passes(tmp_path):
     slimming.load(tmp_path / "alone/finetuned/last.ckpt")(torch.zeros(1, 1, 8, 8))
 
 
+class OwnSGD(torch.optim.SGD):
+    """An optimizer that no checkpoint may name."""
+
+
+def own_network(width: int = 6, num_classes: int = 10, in_channels: int = 1):
+    layers = [torch.nn.Conv2d(in_channels, width, 3, bias=False), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+    return torch.nn.Sequential(
+        *layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, num_classes)
+    )
+
+
+def test_classes_of_ones_own_go_through_all_stages(tmp_path):
+    setting = [o for o in SETTING if not o.startswith("model")]
+    cfg = compose_config(
+        *setting, "ratio=0.5", "passes=2", "trainer.max_epochs=1", "finetune.distill=true", name="slim"
+    )
+    cfg.model = {"_target_": "test_pipeline_stage.own_network", "width": 8}
+    cfg.optimizer |= {"_target_": "test_pipeline_stage.OwnSGD"}
+    assert 0 <= stages.slim(cfg, tmp_path) <= 1
+    thin = slimming.load(tmp_path / "pass-2/ratio-0.5/finetuned/last.ckpt", model=own_network(8))
+    assert thin[1].num_features == 2
+
+
+def test_a_moved_folder_goes_on(tmp_path):
+    slim(tmp_path / "a", "ratio=0.5", "trainer.max_epochs=1", "finetune.distill=true")
+    (tmp_path / "a").rename(tmp_path / "b")
+    before = times(tmp_path / "b")
+    slim(tmp_path / "b", "ratio=0.5", "trainer.max_epochs=1", "finetune.distill=true")
+    assert times(tmp_path / "b") == before
+
+
 @pytest.mark.parametrize("overrides", [["budget.macs=0.6"], ["criterion=optimal", "delta=0.1"], ["threshold=0.1"]])
 def test_other_criteria(overrides, tmp_path):
     slim(tmp_path, *overrides, "trainer.max_epochs=1")
@@ -161,6 +190,7 @@ def test_other_criteria(overrides, tmp_path):
         (["ratio=0.5", "finetune.max_epochs=0"], "finetune.max_epochs"),
         (["ratio=0.5", "finetune.lr=-1"], "finetune.lr"),
         (["ratio=0.5", "threshold=1"], "exactly one criterion"),
+        (["ratio=0.5", "ties=appart"], "ties must be one of together, apart"),
     ],
     ids=str,
 )

@@ -166,6 +166,21 @@ def test_validation_data_give_a_best_checkpoint(small, tmp_path):
     slimming.load(tmp_path / "best.ckpt")
 
 
+def test_an_epoch_that_was_not_evaluated_has_no_accuracy(small, tmp_path):
+    stages.train(small("data.val_size=100", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"), tmp_path)
+    assert ["val/acc" in row for row in result(tmp_path)["history"]] == [False, True, False]
+    assert "val/acc" not in result(tmp_path)["metrics"] and result(tmp_path)["metrics"]["best_epoch"] == 2
+
+
+def test_without_any_test_nothing_is_lost(small, tmp_path):
+    accuracy = stages.train(small("trainer.limit_test_batches=0", "trainer.limit_val_batches=0"), tmp_path)
+    assert (
+        math.isnan(accuracy)
+        and result(tmp_path)["status"] == "finished"
+        and "test/acc" not in result(tmp_path)["metrics"]
+    )
+
+
 def test_without_validation_data_nothing_is_selected(small, tmp_path):
     stages.train(small(), tmp_path)
     assert not (tmp_path / "best.ckpt").exists() and "val/acc_best" not in result(tmp_path)["metrics"]

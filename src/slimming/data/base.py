@@ -79,9 +79,12 @@ class ImageData(LightningDataModule):
         parts = {"train": (images, labels), "test": self.load(train=False)}
         if len(val):
             parts |= {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
+        self.check_enough(len(parts["train"][1]))
         self.splits = {name: TensorImages(x, y.long()) for name, (x, y) in parts.items()}
-        if len(self.splits["train"]) < self.batch_size:
-            count = len(self.splits["train"])
+
+    def check_enough(self, count: int) -> None:
+        """Raise ConfigError unless `count` training images fill a batch."""
+        if count < self.batch_size:
             raise ConfigError(f"data.batch_size={self.batch_size} is more than the {count} training images there are")
 
     def train_dataloader(self) -> DataLoader:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from slimming.data.base import ImageData, split_off
 from slimming.data.image_folder import EXTENSIONS, open_image
 from slimming.data.sampler import EpochSampler, mix
-from slimming.errors import ConfigError, DataError, check_number
+from slimming.errors import DataError, check_number
 
 
 class FileImages(Dataset):
@@ -95,14 +95,11 @@ class ImageNet(ImageData):
             return
         files, labels, _ = self.listed["train"]
         rest, held = split_off(torch.from_numpy(labels), self.val_size)
+        self.check_enough(len(rest))
         self.splits = {"train": self._images(files[rest], labels[rest], self.augment)}
         if len(held):
             self.splits["val"] = self._images(files[held], labels[held], False)
         self.splits["test"] = self._images(*self.listed["test"][:2], False)
-        if len(rest) < self.batch_size:
-            raise ConfigError(
-                f"data.batch_size={self.batch_size} is more than the {len(rest)} training images there are"
-            )
 
     def _images(self, files: np.ndarray, labels: np.ndarray, augment: bool) -> FileImages:
         return FileImages(

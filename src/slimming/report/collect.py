@@ -68,7 +68,9 @@ class Run:
     @property
     def identity(self) -> str:
         """What this run and those before it were told, but for seeds and places: equal for repetitions of one experiment."""
-        return json.dumps([_told(run.result["config"]) for run in self.chain], sort_keys=True)
+        first = self.chain[0]
+        unknown = first.result.get("parent") if first.parent is None else None
+        return json.dumps([unknown, *(_told(run.result["config"]) for run in self.chain)], sort_keys=True)
 
     @property
     def seeds(self) -> tuple:
@@ -119,7 +121,10 @@ def collect(folder: Path) -> Collection:
 
 
 def _told(config: Any) -> Any:
-    return {k: _told(v) for k, v in config.items() if k not in PLACES} if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        return config
+    told = {k: _told(v) for k, v in config.items() if k not in PLACES}
+    return told | ({"root": Path(str(config["root"])).name} if "root" in config else {})  # which data, not where
 
 
 def _natural(path: Path) -> list:
@@ -144,8 +149,14 @@ def _fault(result: Any) -> str:
             return f"incomplete: {key} is {'missing' if key not in result else 'of another kind'}"
     if result["role"] not in ROLES:
         return f"unknown role {result['role']!r}"
-    if not all(isinstance(result["cost"].get(k), int) for k in ("num_params", "macs")):
-        return "incomplete: cost needs num_params and macs"
+    costs = ("cost", "cost_before") if result["role"] == "pruned" else ("cost",)
+    for key in costs:
+        cost = result.get(key)
+        if not isinstance(cost, dict) or not all(isinstance(cost.get(k), int) for k in ("num_params", "macs")):
+            return f"incomplete: {key} needs num_params and macs"
+    ratio = result.get("ratio")
+    if result["role"] == "pruned" and not (isinstance(ratio, dict) and isinstance(ratio.get("got"), float | int)):
+        return "incomplete: ratio needs asked and got"
     return ""
 
 

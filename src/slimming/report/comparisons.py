@@ -82,9 +82,8 @@ def thresholds(sparse: Run, prunings: list[Run], path: Path) -> None:
     axis.bar(
         y[low : high + 1], counts[low : high + 1], np.diff(y)[low : high + 1], align="edge", color=LIGHT, edgecolor=DARK
     )
-    marks = sorted(
-        {(r["gammas"]["threshold"], r["ratio"]["asked"]) for r in (p.result for p in prunings) if _common(r)}
-    )
+    found = {(r["gammas"]["threshold"], r["ratio"]["asked"]) for r in (p.result for p in prunings) if _common(r)}
+    marks = sorted(found, key=lambda mark: (mark[0], mark[1] or 0))
     chosen = marks[:: max(1, -(-len(marks) // MOST_THRESHOLDS))]
     for i, (threshold, asked) in enumerate(chosen):
         place = max(np.log10(threshold), y[0])  # the first bar stands for everything from 0

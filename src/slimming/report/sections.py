@@ -91,7 +91,7 @@ def _got(run: Run) -> float | None:
 
 def _asked(run: Run) -> float | None:
     pruned = run.nearest("pruned")
-    return pruned and pruned.result["ratio"]["asked"]
+    return pruned and pruned.result["ratio"].get("asked")
 
 
 def percent(values: Iterable[float | None]) -> str:
@@ -159,7 +159,7 @@ def _rows_of(run: Run) -> list[tuple[str, float | None]]:
     """Return (name of the row, accuracy) for a run; a pruning gives two, right after the surgery and calibrated."""
     what = f"pruned, {_goal(run)} [{settings(run)}]" if run.passes else ""
     if run.result.get("parent") and run.parent is None:
-        what += "from a run that is not here"
+        what = f"{what} from a run that is not here".strip()
     if run.role == "pruned":
         metrics, batches = run.result["metrics"], run.result["config"].get("calibrate", {}).get("batches")
         rows = [(f"{what}: at once", metrics.get("test/acc_pruned"))]
@@ -226,7 +226,7 @@ def _sweep(title: str, runs: list[Run], pictures: Path) -> Section | None:
         latency = r.get("latency_ms")
         rows.append(
             [
-                "-" if r["ratio"]["asked"] is None else f"{r['ratio']['asked']:g}",
+                "-" if r["ratio"].get("asked") is None else f"{r['ratio']['asked']:g}",
                 _ratio(run),
                 settings(run) + ("" if r["seed"] == 1 else f" (seed {r['seed']})"),
                 str(r.get("plan", {}).get("put_back", "-")),

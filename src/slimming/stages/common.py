@@ -30,7 +30,7 @@ from slimming.training.recorder import write_text
 
 RESULT = "result.json"
 FREE_ON_RESUME = {"resume", "logger", "callbacks", "checkpoint"}  # what may differ between a run and its continuation
-FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size"}
+FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size", "num_workers"}
 
 
 # --- building from configuration --------------------------------------------------------------------------------------
@@ -80,15 +80,19 @@ def data_label(node: dict) -> str | None:
 
 
 def try_model(model: nn.Module, example: torch.Tensor) -> Cost:
-    """Count what the network costs on an example; ConfigError if it cannot process one."""
+    """Count what the network costs on an example, in the network's precision; ConfigError if it cannot process one."""
     try:
-        return cost(model, example)
+        return cost(model, example.to(dtype_of(model)))
     except Exception as error:
         shape = "x".join(map(str, example.shape[1:]))
         raise ConfigError(
             f"the network cannot process images of {shape}: {' '.join(str(error).split())[:200]}; "
             "set data.image_size where the data set has it, or choose another model"
         ) from error
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def example_of(data: ImageData) -> torch.Tensor:
@@ -118,7 +122,9 @@ def _is_known(group: str, node: dict) -> bool:
     def plain(value) -> bool:
         if isinstance(value, dict):
             return all(isinstance(k, str) and not k.startswith("_") and plain(v) for k, v in value.items())
-        return all(map(plain, value)) if isinstance(value, list | tuple) else True
+        if isinstance(value, list | tuple):
+            return all(map(plain, value))
+        return not (isinstance(value, str) and "${" in value)  # OmegaConf would resolve it, with any resolver
 
     target = str(node.get("_target_"))
     module, _, name = target.rpartition(".")
@@ -152,6 +158,8 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if (key in FREE_ON_RESUME and not prefix) or (key in FREE_IN_DATA and prefix == "data."):
             continue
+        if key == "teacher":  # a path: whether there is one matters, not where
+            value = value is not None
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
@@ -162,9 +170,12 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
 def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[str, float]:
     """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]."""
     module = SlimmingModule(model, data.num_classes, optimizer=None)
-    found = trainer.test(module, datamodule=data, verbose=False)[0]
-    if "val" in data.splits:
-        found |= trainer.validate(module, datamodule=data, verbose=False)[0]
+    found: dict[str, float] = {}
+    for results in (
+        trainer.test(module, datamodule=data, verbose=False),
+        trainer.validate(module, datamodule=data, verbose=False) if "val" in data.splits else [],
+    ):
+        found |= results[0] if results else {}
     return {key: float(value) for key, value in found.items() if key.endswith("/acc")}
 
 
@@ -210,13 +221,13 @@ def rank_zero() -> bool:
 
 
 def record_failure(out: Path, stage: str, message: str) -> None:
-    """Write result.json for a stage that could not do it itself; a complete one, or one that tells more, stays."""
+    """Write the cause of a failure into result.json, over what a rank took for it; a finished run's record stays."""
+    if finished(out):
+        return
+    result: dict = {"format": 1, "stage": stage}
     with contextlib.suppress(OSError, ValueError):
-        if (out / RESULT).exists() and json.loads((out / RESULT).read_text()).get("error"):
-            return
-    if not finished(out):
-        failure = {"format": 1, "status": "failed", "error": message, "stage": stage}
-        write_text(out / RESULT, json.dumps(failure, indent=1))
+        result = json.loads((out / RESULT).read_text())
+    write_text(out / RESULT, json.dumps(result | {"status": "failed", "error": message}, indent=1))
 
 
 def finished(out: Path) -> dict | None:

@@ -1,20 +1,30 @@
 """Fine-tuning a pruned network, or training its architecture from fresh weights."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from slimming import checkpoint
-from slimming.channels.cost import cost
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune_optimizer_state
 from slimming.config import FinetuneConfig, TrainConfig, plain
 from slimming.data import ImageData
 from slimming.data.sampler import mix
 from slimming.errors import ConfigError
-from slimming.stages.common import build, build_data, example_of, inherit, rank_zero, recorded, relative, try_model
+from slimming.stages.common import (
+    build,
+    build_data,
+    dtype_of,
+    example_of,
+    inherit,
+    rank_zero,
+    recorded,
+    relative,
+    try_model,
+)
 from slimming.stages.training import Network, fit, resume_point
 from slimming.training.module import parameter_groups
 
@@ -53,11 +63,11 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
             dense = checkpoint.architecture(record | {"plans": []}, cfg.checkpoint, _own(cfg, data))
             _stretch(recipe, dense, network.model, example_of(data))
         network.extra = extra
-        network.teacher = _teacher(cfg.distill.teacher, data)
+        network.teacher = _teacher(cfg.distill.teacher, data, _own(cfg, data))
         result |= {"config": plain(recipe) | extra, "asked": plain(cfg)}
         start = resume_point(cfg.resume, result["config"], out)
         result |= fit(recipe, out, network, data, start)
-    return result["metrics"]["test/acc"]
+    return result["metrics"].get("test/acc", math.nan)
 
 
 def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
@@ -73,7 +83,7 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
         if not node.get("_target_"):
             raise ConfigError(f"{cfg.checkpoint} comes without a recipe: give {group}=<name of configs/{group}/>")
     epochs = groups["trainer"]["max_epochs"]
-    _set_length(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
+    groups["scheduler"] = fit_schedule(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
     seed = before.get("seed", 1) if cfg.seed is None else cfg.seed
     if cfg.data.get("seed") is None:
         groups["data"]["seed"] = seed
@@ -87,11 +97,9 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
     )
 
 
-def _set_length(schedule: dict, before: int | None, epochs: int) -> None:
-    """Fit a schedule to a number of epochs where it was fitted to that of before."""
-    for key in LENGTHS:
-        if key in schedule and schedule[key] in (None, before):
-            schedule[key] = epochs
+def fit_schedule(schedule: dict, before: int | None, epochs: int) -> dict:
+    """Return a schedule fitted to a number of epochs where it was fitted to that of before."""
+    return {k: epochs if k in LENGTHS and v in (None, before) else v for k, v in schedule.items()}
 
 
 def _heads(data: ImageData) -> dict[str, int]:
@@ -150,20 +158,22 @@ def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: dict, dense:
 
 def _stretch(recipe: TrainConfig, dense: nn.Module, thin: nn.Module, example: torch.Tensor) -> None:
     """Give the recipe as many epochs as the dense network's compute buys with the thin one."""
-    wide, small = cost(dense, example).macs, cost(thin, example).macs
+    wide, small = try_model(dense, example).macs, try_model(thin, example).macs
     asked = recipe.trainer["max_epochs"]
     epochs = min(MOST_EPOCHS * asked, round(asked * wide / small))
     recipe.trainer["max_epochs"] = epochs
-    _set_length(recipe.scheduler, asked, epochs)
+    recipe.scheduler = fit_schedule(recipe.scheduler, asked, epochs)
     print(f"epochs_by=macs: {asked} epochs x {wide / 1e6:,.1f}M / {small / 1e6:,.1f}M MACs -> {epochs} epochs")
 
 
-def _teacher(path: str | None, data: ImageData) -> nn.Module | None:
+def _teacher(path: str | None, data: ImageData, own: nn.Module | None) -> nn.Module | None:
+    """Load the teacher; `own` is the dense network for one that is not registered."""
     if path is None:
         return None
-    teacher = checkpoint.load(path)
+    content = checkpoint.read(path)
+    teacher = checkpoint.rebuild(content, path, None if content["slimming"]["model"] else own)
     try_model(teacher, example_of(data))
-    classes = teacher(example_of(data)).shape[1]
+    classes = teacher(example_of(data).to(dtype_of(teacher))).shape[1]
     if classes != data.num_classes:
         raise ConfigError(f"distill.teacher={path} knows {classes} classes, the data have {data.num_classes}")
     return teacher

@@ -21,8 +21,8 @@ from slimming.config import (
     tag,
 )
 from slimming.errors import CheckpointError
-from slimming.stages.common import config_differences, finished
-from slimming.stages.finetuning import finetune
+from slimming.stages.common import config_differences, finished, model_spec
+from slimming.stages.finetuning import finetune, fit_schedule
 from slimming.stages.pruning import PRUNED, prune
 from slimming.stages.reporting import report
 from slimming.stages.running import run
@@ -52,7 +52,6 @@ def slim(cfg: SlimConfig, out: Path) -> float:
             _stage(train, TrainConfig(**recipe), folder / "sparse")
         else:
             again = {"sparsity": cfg.sparsity, "penalty": cfg.penalty, "seed": cfg.seed}
-            again |= {k: getattr(cfg, k) for k in ("optimizer", "scheduler", "trainer")}
             _stage(finetune, _tuning(cfg, before, **again), folder / "sparse")
         for ratio in ratios(cfg):
             accuracy, before = _thin(cfg, folder, ratio)
@@ -64,10 +63,13 @@ def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Pa
     """Prune and fine-tune folder/sparse at one ratio; return the accuracy and the checkpoint that is left."""
     sparse, place = folder / "sparse" / "last.ckpt", folder / _name(cfg, ratio)
     options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
-    one_device = {"_target_": "lightning.pytorch.Trainer", "devices": 1, "logger": False, "enable_progress_bar": False}
+    devices = cfg.trainer.get("devices")
+    one_device = {"_target_": "lightning.pytorch.Trainer", "devices": devices[:1] if isinstance(devices, list) else 1}
+    one_device |= {"logger": False, "enable_progress_bar": False}
     one_device |= {k: cfg.trainer.get(k) for k in ("accelerator", "limit_test_batches", "limit_val_batches")}
     one_device |= {"enable_checkpointing": False, "enable_model_summary": False}
     pruning = PruneConfig(**options | {"ratio": ratio}, checkpoint=str(sparse), seed=cfg.seed, trainer=one_device)
+    pruning.model, pruning.data = _own_model(cfg), cfg.data
     _stage(prune, pruning, place / "pruned")
     thin = place / "pruned" / PRUNED
     length = {"max_epochs": cfg.finetune.max_epochs} if cfg.finetune.max_epochs else {}
@@ -81,8 +83,20 @@ def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Pa
 
 
 def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
-    same = {"compile": cfg.compile, "logger": cfg.logger, "callbacks": cfg.callbacks}
-    return FinetuneConfig(checkpoint=str(path), **same | more)
+    """Describe a fine-tuning; what a checkpoint's word is not enough for is taken from the command line."""
+    same = {k: getattr(cfg, k) for k in ("compile", "sync_batchnorm", "logger", "callbacks")}
+    same |= {"model": _own_model(cfg), "data": cfg.data}
+    for group in ("optimizer", "scheduler"):
+        given = more.get(group) or {}
+        same[group] = getattr(cfg, group) | given
+    same["trainer"] = cfg.trainer | (more.get("trainer") or {})
+    same["scheduler"] = fit_schedule(same["scheduler"], cfg.trainer["max_epochs"], same["trainer"]["max_epochs"])
+    return FinetuneConfig(checkpoint=str(path), **more | same)
+
+
+def _own_model(cfg: SlimConfig) -> dict:
+    """Return the model's group where it is not a registered one, which checkpoints rebuild by themselves."""
+    return {} if model_spec(cfg.model, {}) else cfg.model
 
 
 def _name(cfg: SlimConfig, ratio: float | None) -> str:

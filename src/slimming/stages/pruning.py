@@ -25,6 +25,7 @@ from slimming.stages.common import (
     build,
     build_data,
     data_label,
+    dtype_of,
     inherit,
     model_label,
     model_spec,
@@ -165,13 +166,14 @@ def _load_data(node: dict, port: bool) -> ImageData:
 
 def _example(source: Source) -> torch.Tensor:
     seen = source.record["data"]
-    dtype = next(p.dtype for p in source.model.parameters() if p.is_floating_point())
-    return torch.zeros(1, seen["in_channels"], seen["image_size"], seen["image_size"], dtype=dtype)
+    return torch.zeros(1, seen["in_channels"], seen["image_size"], seen["image_size"], dtype=dtype_of(source.model))
 
 
 def _trainer(cfg: PruneConfig, source: Source) -> dict:
-    before = source.record["config"].get("trainer") or {}
-    return cfg.trainer | {"precision": cfg.trainer.get("precision") or before.get("precision", "32-true")}
+    """Return the Trainer's values; the precision is the training's unless given."""
+    before = source.record["config"].get("trainer")
+    recorded_one = inherit("trainer", {}, before).get("precision") if before else None
+    return cfg.trainer | {"precision": cfg.trainer.get("precision") or recorded_one or "32-true"}
 
 
 # --- what it gives ----------------------------------------------------------------------------------------------------
@@ -185,8 +187,7 @@ def _measure(cfg: PruneConfig, source: Source, thin: nn.Module, data: ImageData 
             metrics |= {key + suffix: value for key, value in accuracies(trainer, model, data).items()}
     if cfg.calibrate.batches:
         device = trainer.strategy.root_device
-        dtype = next(p.dtype for p in thin.parameters() if p.is_floating_point())
-        batches = (b.to(dtype) for b in data.training_batches(cfg.calibrate.batches, device))
+        batches = (b.to(dtype_of(thin)) for b in data.training_batches(cfg.calibrate.batches, device))
         with trainer.precision_plugin.forward_context():
             thin = calibrate(thin.to(device), batches).cpu()
     if cfg.test:

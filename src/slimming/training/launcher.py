@@ -22,6 +22,7 @@ from pathlib import Path
 from slimming.errors import SlimmingError, TrainingError
 
 POLL_S = 0.1
+FOREIGN = ("SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "RANK")
 GRACE_S = 3.0  # between asking the other ranks to end and ending them
 
 
@@ -50,9 +51,9 @@ def spawn(job: dict, processes: int) -> None:
             raise
         if any(codes):
             time.sleep(2 * POLL_S)  # for errors on their way to the disk
-            killed = [r for r, rank in enumerate(ranks) if (rank.poll() or 0) < 0]
+            codes = [rank.poll() for rank in ranks]
             _end(ranks, signal.SIGTERM)
-            _raise_first(place, killed, codes)
+            _raise_first(place, codes)
 
 
 def _start(place: Path, processes: int) -> list[subprocess.Popen]:
@@ -61,9 +62,11 @@ def _start(place: Path, processes: int) -> list[subprocess.Popen]:
         port = found.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes))
+    # What another launcher has said of this process must not reach Lightning in the ranks.
+    own = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     ranks = []
     for rank in range(processes):
-        env = os.environ | {key: str(value) for key, value in (shared | {"LOCAL_RANK": rank}).items()}
+        env = own | {key: str(value) for key, value in (shared | {"LOCAL_RANK": rank}).items()}
         log = None if rank == 0 else (place / f"rank-{rank}.log").open("w")
         command = [sys.executable, "-m", "slimming.entry", str(place)]
         ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
@@ -86,26 +89,26 @@ def _end(ranks: list[subprocess.Popen], sign: int) -> None:
             rank.wait()
 
 
-def _raise_first(place: Path, killed: list[int], codes: list[int | None]) -> None:
+def _raise_first(place: Path, codes: list[int | None]) -> None:
     """Raise what went wrong first; what the other ranks say of lost connections is its consequence."""
-    if killed:
-        sign = -(codes[killed[0]] or 0)
-        raise TrainingError(f"rank {killed[0]} was killed (signal {sign}; out of memory?); the other ranks were ended")
     errors = sorted((json.loads(p.read_text()) for p in place.glob("error-*.json")), key=lambda error: error["time"])
-    if not errors:
-        rank = next(r for r, code in enumerate(codes) if code)
-        log = place / f"rank-{rank}.log"
-        said = log.read_text()[-2000:] if log.exists() else ""
-        raise TrainingError(
-            f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{said}"
-        )
-    first = errors[0]
-    if first["kind"] == "interrupted":
+    killed = [(r, -code) for r, code in enumerate(codes) if code and code < 0]
+    # A rank aborts itself when a connection is lost, so that this signal comes after an error; others come before it.
+    struck = [k for k in killed if k[1] != signal.SIGABRT] or ([] if errors else killed)
+    if errors and errors[0]["kind"] == "ours":
+        raise SlimmingError(errors[0]["message"])
+    if errors and errors[0]["kind"] == "interrupted":
         raise KeyboardInterrupt
-    if first["kind"] == "ours":
-        raise SlimmingError(first["message"])
-    print(first["traceback"], file=sys.stderr)
-    raise TrainingError(f"rank {first['rank']} failed: {first['message']}; the other ranks were ended")
+    if struck:
+        rank, sign = struck[0]
+        raise TrainingError(f"rank {rank} was killed (signal {sign}; out of memory?); the other ranks were ended")
+    if errors:
+        print(errors[0]["traceback"], file=sys.stderr)
+        raise TrainingError(f"rank {errors[0]['rank']} failed: {errors[0]['message']}; the other ranks were ended")
+    rank = next(r for r, code in enumerate(codes) if code)
+    log = place / f"rank-{rank}.log"
+    said = log.read_text()[-2000:] if log.exists() else ""
+    raise TrainingError(f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{said}")
 
 
 def serve(place: Path, work: Callable[[dict], object]) -> None:

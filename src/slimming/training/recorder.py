@@ -41,6 +41,7 @@ class Recorder(Checkpoint):
         self.history: list[dict] = []
         self.gammas: list[list[int]] = []
         self.best: dict | None = None
+        self._evaluated = False
 
     def on_train_start(self, trainer, module) -> None:
         if not self.gammas:
@@ -48,6 +49,7 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self._start, self._images, self._training_s = time.monotonic(), 0, None
+        self._evaluated = False
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end it is the next epoch's
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -55,10 +57,16 @@ class Recorder(Checkpoint):
         if trainer.is_last_batch:
             self._training_s = time.monotonic() - self._start
 
+    def on_validation_end(self, trainer, module) -> None:
+        self._evaluated = True
+
     def on_train_epoch_end(self, trainer, module) -> None:
         gammas = module.penalty.flat()
         elapsed = time.monotonic() - self._start
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        fresh = (
+            ("train/", "val/", "test/") if self._evaluated else ("train/",)
+        )  # Lightning keeps those of earlier epochs
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh) or "/" not in k}
         row = {"epoch": trainer.current_epoch + 1} | metrics
         row["lr"] = self._lr
         row["gamma_near_zero"] = near_zero_share(gammas)
@@ -73,9 +81,9 @@ class Recorder(Checkpoint):
         better = "val/acc" in row and (self.best is None or row["val/acc"] > self.best["val/acc"])
         if better:
             self.best = {"epoch": row["epoch"], "val/acc": row["val/acc"]}
-        trainer.save_checkpoint(self.folder / "last.ckpt")
-        if better:
+        if better:  # before last.ckpt, which says so
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        trainer.save_checkpoint(self.folder / "last.ckpt")
         if trainer.is_global_zero:
             _write_csv(self.folder / "metrics.csv", self.history)
             if isinstance(trainer.progress_bar_callback, EpochLines):
