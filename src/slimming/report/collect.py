@@ -10,6 +10,7 @@ ROLES = ("baseline", "sparse", "pruned", "finetuned", "scratch")
 
 
 PLACES = {
+    "latency_batch",
     "checkpoint",
     "init_from",
     "resume",

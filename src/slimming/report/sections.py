@@ -129,6 +129,7 @@ def _stages(title: str, runs: list[Run]) -> Section:
         groups.items(), key=lambda item: _order(next(iter(item[1].values()))[0], item[0][0])
     ):
         members = list(seeds.values())
+        timed = [t for run, _ in members if (t := _latency(run))]
         of = [run.result for run, _ in members]
         run, cost = members[0][0], {k: round(statistics.mean(r["cost"][k] for r in of)) for k in ("num_params", "macs")}
         rows.append(
@@ -141,7 +142,9 @@ def _stages(title: str, runs: list[Run]) -> Section:
                 f"{2 * cost['macs'] / 1e6:,.2f}",
                 _mean((r.get("activation_bytes") for r in of), lambda v: f"{v / 1e3:,.0f}"),
                 _mean((r.get("size_bytes") for r in of), lambda v: f"{v / 1e6:.2f}"),
-                _mean((_latency(run, runs) for run, _ in members), lambda v: f"{v:.1f}"),
+                " -> ".join(_mean((t[k] for t in timed), lambda v: f"{v:.1f}") for k in ("before", "after"))
+                if timed
+                else "-",
             ]
         )
     head = ["network", "channels removed", "test accuracy (%)", "parameters", "MACs (M)", "FLOPs (M)"]
@@ -150,7 +153,7 @@ def _stages(title: str, runs: list[Run]) -> Section:
     if timed := next((r.result["latency_ms"] for r in runs if r.result.get("latency_ms")), None):
         notes.append(
             f"Latency: {timed['batch']} images per pass, {timed['device']}, {timed['precision']}; median of 15 passes, before "
-            "and after pruning in turns; a fine-tuned network has the latency of its pruning."
+            "and after pruning in turns; of a fine-tuned network, those of its pruning."
         )
     return Section(f"{title}: stages", [" ".join(notes), Table(head, rows)])
 
@@ -189,12 +192,9 @@ def _order(run: Run, name: str) -> tuple:
     return (run.passes, place, len(told), told, _asked(run) or 0, _got(run) or 0, kind)
 
 
-def _latency(run: Run, runs: list[Run]) -> float | None:
+def _latency(run: Run) -> dict[str, float] | None:
     pruned = run.nearest("pruned")
-    if pruned is not None:
-        return pruned.result.get("latency_ms", {}).get("after")
-    timed = [r.result["latency_ms"]["before"] for r in runs if r.passes == 1 and r.result.get("latency_ms")]
-    return statistics.median(timed) if timed else None
+    return pruned.result.get("latency_ms") if pruned is not None else None
 
 
 # --- 2. to 7. -----------------------------------------------------------------------------------------------------------
