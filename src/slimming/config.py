@@ -155,6 +155,7 @@ class ReportConfig:
     out: str | None = None
 
 
+DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
 DISTRIBUTED = ("train", "finetune")  # stages that torchrun and srun may start once per device
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
@@ -288,6 +289,9 @@ def ratios(config: SlimConfig) -> list[float | None]:
 
 def _check_slim(config: SlimConfig) -> None:
     check_number("passes", config.passes, 1, whole=True)
+    given = (config.criterion, config.ratio, config.threshold, config.budget.macs, config.budget.params)
+    if all(value is None for value in given):
+        config.ratio = DEFAULT_RATIO
     _check_options(config)
     if config.ratio == []:
         raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")

@@ -177,7 +177,6 @@ def test_other_criteria(overrides, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "exactly one criterion"),
         (["ratio=0.5", "passes=0"], "passes must be a whole number >= 1, got 0"),
         (["ratio=1.2"], r"ratio must lie in \[0, 1\)"),
         (["ratio=[0.5,1.2]"], r"ratio must lie in \[0, 1\)"),
@@ -197,6 +196,11 @@ def test_other_criteria(overrides, tmp_path):
 def test_bad_values(overrides, words):
     with pytest.raises(ConfigError, match=words):
         compose_config(*SETTING, *overrides, name="slim")
+
+
+def test_without_a_criterion_half_goes():
+    assert compose_config(*SETTING, name="slim").ratio == 0.5
+    assert compose_config(*SETTING, "budget.macs=0.4", name="slim").ratio is None
 
 
 def test_the_demo_is_a_pipeline():
