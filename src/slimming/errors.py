@@ -15,6 +15,11 @@ class ConfigError(SlimmingError):
 class DataError(SlimmingError):
     """A data set is missing, incomplete or not what it should be."""
 
+    def __init__(self, message: str):
+        if message.startswith("Caught DataError in"):  # a DataLoader's worker tells it with a traceback around
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(message)
+
 
 class CheckpointError(SlimmingError):
     """A checkpoint cannot be read, written or used for this network."""

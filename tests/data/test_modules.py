@@ -122,6 +122,16 @@ def test_cifar10_is_found_as_it_is(tmp_path, monkeypatch):
     assert np.array_equal(data.splits["train"].images[0].numpy(), raw)
 
 
+def test_other_normalisation():
+    data = CIFAR10(mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.25])
+    assert data.statistics()["mean"] == [0.5, 0.4, 0.3] and CIFAR10().std == CIFAR10.std != data.std
+    pixels = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)  # 0.2
+    assert data.transform(pixels)[0, :, 0, 0].tolist() == pytest.approx([-1.5, -2.0, -0.4], rel=1e-5)
+    for wrong, words in (({"mean": [0.5]}, "must hold 3 numbers"), ({"std": [0.2, 0.0, 0.2]}, "each of data.std")):
+        with pytest.raises(ConfigError, match=words):
+            CIFAR10(**wrong)
+
+
 def test_cifar100(tmp_path, monkeypatch):
     fake_cifar(tmp_path, monkeypatch, datasets.CIFAR100, ["train", "test"], "fine_labels", 100)
     data = ready(CIFAR100(root=str(tmp_path), batch_size=4))

@@ -1,10 +1,12 @@
 """The data sets that torchvision knows: it downloads them and checks their checksums."""
 
+from collections.abc import Sequence
+
 import torch
 from torchvision import datasets
 
 from slimming.data.base import ImageData, check_labels
-from slimming.errors import DataError
+from slimming.errors import ConfigError, DataError, check_number
 
 
 class Official(ImageData):
@@ -13,9 +15,31 @@ class Official(ImageData):
     source: type
     files: str
 
-    def __init__(self, root: str = "data", download: bool = True, **kwargs):
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs,
+    ):
+        """Check the values; nothing is read yet.
+
+        Args:
+            mean, std: per channel, in [0, 1], to normalise by; None: those of the training images.
+        """
         super().__init__(**kwargs)
         self.root, self.download = root, download
+        for key, value in (("mean", mean), ("std", std)):
+            if value is None:
+                continue
+            if len(value) != self.in_channels:
+                raise ConfigError(
+                    f"data.{key} must hold {self.in_channels} numbers, one per channel, got {list(value)}"
+                )
+            for number in value:
+                check_number(f"each of data.{key}", number, 0, 1, above=key == "std")
+            setattr(self, key, tuple(value))
 
     def prepare_data(self) -> None:
         """Download what is missing (on one process per node).
