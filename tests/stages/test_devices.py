@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from PIL import Image
 from torch import nn
 
 import slimming
@@ -290,3 +291,30 @@ def test_a_job_survives_its_description(tmp_path, monkeypatch):
     monkeypatch.setitem(running.DISTRIBUTED, "train", lambda c, out: seen.append((c, out)))
     running.work(seen[0][0])
     assert seen[0][1] == 2 and seen[1] == (cfg, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_imagenet_like_folder_end_to_end_in_two_processes(tmp_path):
+    """Trained, pruned, calibrated and fine-tuned from files that are decoded on the way."""
+    pixels = torch.Generator().manual_seed(0)
+    for part, count in (("train", 8), ("val", 3)):
+        for name in "ab":
+            (tmp_path / "tree" / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(256, (40, 48, 3), generator=pixels, dtype=torch.uint8).numpy()
+                Image.fromarray(image).save(tmp_path / "tree" / part / name / f"{i}.jpg")
+    data = [
+        "data=imagenet",
+        f"data.root={tmp_path}/tree",
+        "data.image_size=32",
+        "data.batch_size=8",
+        "data.num_workers=1",
+    ]
+    train = ["model=torchvision", "model.name=resnet18", "trainer.accelerator=cpu", "trainer.max_epochs=1", *TWO]
+    stages.run("train", compose_config(*data, *train, "trainer.enable_progress_bar=false"), tmp_path / "sparse")
+    options = (f"checkpoint={tmp_path}/sparse/last.ckpt", "ratio=0.5", "latency_batch=0", "calibrate.batches=3")
+    stages.prune(compose_config(*options, "trainer.accelerator=cpu", name="prune"), tmp_path / "pruned")
+    cfg = compose_config(f"checkpoint={tmp_path}/pruned/pruned.ckpt", name="finetune")
+    accuracy = stages.run("finetune", cfg, tmp_path / "tuned")
+    assert result(tmp_path / "tuned")["n_test"] == 6 and round(accuracy * 6) == pytest.approx(accuracy * 6)
+    assert result(tmp_path / "tuned")["cost"]["num_params"] < 0.5 * result(tmp_path / "sparse")["cost"]["num_params"]
