@@ -33,7 +33,7 @@ def launch(stage: str, cfg: DictConfig) -> float:
         from slimming import stages
 
         if started_externally():
-            _refuseranks(stage, hydra.mode.name)
+            _refuse_ranks(stage, hydra.mode.name)
         return stages.run(stage, config, out) if stage in DISTRIBUTED else getattr(stages, stage)(config, out)
     except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
         if stage in RESUME:
@@ -53,7 +53,8 @@ def launch(stage: str, cfg: DictConfig) -> float:
             _tidy(out)
 
 
-def _refuseranks(stage: str, mode: str) -> None:
+def _refuse_ranks(stage: str, mode: str) -> None:
+    """Raise ConfigError where a launcher has started several processes of what must be one."""
     if stage not in DISTRIBUTED:
         raise ConfigError(
             f"{stage}.py takes one process: start it by python {stage}.py, not by torchrun or srun with several tasks"
@@ -74,30 +75,6 @@ def _tidy(out: Path) -> None:
         out.rmdir()
         for folder in out.parents[:2]:
             if Path.cwd() not in folder.parents:
-                break
-            folder.rmdir()
-
-
-def _refuseranks(stage: str, mode: str) -> None:
-    if stage not in DISTRIBUTED:
-        raise ConfigError(
-            f"{stage}.py takes one process: start it by python {stage}.py, not by torchrun or srun with several tasks"
-            + " (it starts its own for trainer.devices > 1)" * (stage == "slim")
-        )
-    if mode == "MULTIRUN" and "SUBMITIT_EXECUTOR" not in os.environ:
-        raise ConfigError(
-            "a sweep starts its own processes: python train.py -m trainer.devices=4 ..., without torchrun"
-        )
-
-
-def _tidy(out: Path) -> None:
-    """Remove a run directory in which the stage left nothing, with the empty ones above it."""
-    if out == Path.cwd() or any(entry.name != ".hydra" for entry in out.iterdir()):
-        return
-    shutil.rmtree(out / ".hydra", ignore_errors=True)
-    with contextlib.suppress(OSError):
-        for folder in (out, *out.parents[:2]):
-            if folder == Path.cwd():
                 break
             folder.rmdir()
 

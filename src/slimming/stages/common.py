@@ -227,7 +227,8 @@ def record_failure(out: Path, stage: str, message: str) -> None:
     result: dict = {"format": 1, "stage": stage}
     with contextlib.suppress(OSError, ValueError):
         result = json.loads((out / RESULT).read_text())
-    write_text(out / RESULT, json.dumps(result | {"status": "failed", "error": message}, indent=1))
+    with contextlib.suppress(OSError):  # the failure itself is what must be told
+        write_text(out / RESULT, json.dumps(result | {"status": "failed", "error": message}, indent=1))
 
 
 def finished(out: Path) -> dict | None:

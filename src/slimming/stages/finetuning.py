@@ -124,11 +124,12 @@ def _network(cfg: FinetuneConfig, recipe: TrainConfig, content: dict, data: Imag
                 f"({plan['train_reason']}), so layers that only run there were not resized; prune it by the library with "
                 "slimming.trace(..., train_input=...)"
             )
-    dense = _own(cfg, data)
     if cfg.init == "scratch":
         # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
         torch.manual_seed(mix(recipe.seed, SCRATCH))
-        model = checkpoint.architecture(record, cfg.checkpoint, _own(cfg, data))
+    dense = _own(cfg, data)
+    if cfg.init == "scratch":
+        model = checkpoint.architecture(record, cfg.checkpoint, dense)
     else:
         model = checkpoint.rebuild(content, cfg.checkpoint, dense)
     network = Network(model.train(), record["model"], record["plans"])
