@@ -41,6 +41,13 @@ def check_number(
     raise ConfigError(f"{key} must be a {'whole ' * whole}number {' and '.join(bounds)}, got {value!r}".strip())
 
 
+def check_ratio(value) -> None:
+    """Raise ConfigError unless `value` is a share of channels that can be removed, in [0, 1)."""
+    check_number("ratio", value, 0)
+    if value >= 1:
+        raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {value!r}")
+
+
 def check_choice(key: str, value, allowed) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimming.errors import ConfigError, GraphError, check_choice, check_number
+from slimming.errors import ConfigError, GraphError, check_choice, check_number, check_ratio
 
 
 @dataclass
@@ -46,12 +46,6 @@ class Criterion:
         return {"criterion": type(self).__name__} | {k: v for k, v in vars(self).items() if v is not None}
 
 
-def _check_ratio(ratio: float) -> None:
-    check_number("ratio", ratio, 0)
-    if ratio >= 1:
-        raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {ratio!r}")
-
-
 class GlobalRatio(Criterion):
     """The share `ratio` of all candidate gammas, weakest first (the paper, section 3).
 
@@ -61,7 +55,7 @@ class GlobalRatio(Criterion):
     """
 
     def __init__(self, ratio: float, convention: str = "exact"):
-        _check_ratio(ratio)
+        check_ratio(ratio)
         check_choice("convention", convention, ("exact", "reference"))
         self.ratio, self.convention = ratio, convention
 
@@ -77,7 +71,7 @@ class PerLayerRatio(Criterion):
     """The share `ratio` of every BatchNorm's candidates; a class tied over several layers counts for its first."""
 
     def __init__(self, ratio: float):
-        _check_ratio(ratio)
+        check_ratio(ratio)
         self.ratio = ratio
 
     def choose(self, choice: Choice) -> Tensor:

@@ -13,6 +13,10 @@ from slimming.errors import ConfigError, DataError, check_choice, check_number
 SPLIT_SEED = 0  # the validation split is the same for every seed of an experiment
 
 
+def _as_is(batch):
+    return batch
+
+
 class ImageData(LightningDataModule):
     """A classification data set held in memory as uint8.
 
@@ -22,7 +26,12 @@ class ImageData(LightningDataModule):
         num_classes, in_channels, image_size: of what the network gets, (N, in_channels, image_size, image_size).
         mean, std: per channel, in [0, 1].
         flips: whether a mirrored image is still of its class.
+        collate: makes a batch of what the data set gives; here that is one already.
+        numbers_epochs: as in EpochSampler.
     """
+
+    collate = staticmethod(_as_is)
+    numbers_epochs = False
 
     num_classes: int
     in_channels: int
@@ -105,21 +114,23 @@ class ImageData(LightningDataModule):
             )
         size = batch_size // world if shuffle else batch_size
         sampler = EpochSampler(len(self.splits[split]), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world)
+        sampler.numbers_epochs = self.numbers_epochs
         # A last batch of one image has no variance for BatchNorm to normalise with.
         lonely = shuffle and len(sampler) % size == 1
-        return self.loader(split, size, sampler, lonely)
-
-    def loader(self, split: str, batch_size: int, sampler: EpochSampler, drop_last: bool) -> DataLoader:
-        """Return the loader of a split's batches (uint8 images (N, C, H, W), labels (N,))."""
         return DataLoader(
             self.splits[split],
-            batch_size,
+            size,
             sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=_as_is,
+            drop_last=lonely,
+            collate_fn=self.collate,
+            num_workers=self.workers(),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else every new iterator draws from the generator of the augmentation
         )
+
+    def workers(self) -> int:
+        """Return how many processes fetch the batches of a rank; 0: the rank itself."""
+        return 0
 
     def seed_epoch(self, epoch: int) -> None:
         """Seed torch for one epoch of this rank: augmentation and dropout then do not depend on how one got there."""
@@ -189,7 +200,3 @@ def check_labels(where: str, labels: torch.Tensor, num_classes: int) -> None:
     """Raise DataError unless all labels are in 0 ... num_classes-1."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(f"{where}: labels must lie in 0 ... {num_classes - 1}; the files seem damaged, remove them")
-
-
-def _as_is(batch):
-    return batch

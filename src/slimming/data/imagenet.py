@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from slimming.data.base import ImageData, split_off
 from slimming.data.image_folder import EXTENSIONS, open_image
-from slimming.data.sampler import EpochSampler, mix
+from slimming.data.sampler import mix
 from slimming.errors import DataError, check_number
 
 
@@ -53,6 +53,8 @@ class ImageNet(ImageData):
     cut out (the recipe of the torchvision references). Both run in `num_workers` processes; normalising on the device.
     """
 
+    collate = staticmethod(default_collate)
+    numbers_epochs = True
     in_channels = 3
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -106,19 +108,9 @@ class ImageNet(ImageData):
             files, labels, self.image_size, round(self.image_size * 256 / 224), augment, self.flips, self.seed
         )
 
-    def loader(self, split: str, batch_size: int, sampler: EpochSampler, drop_last: bool) -> DataLoader:
-        sampler.numbers_epochs = True
+    def workers(self) -> int:
         world = self.trainer.world_size if self.trainer else 1
-        workers = max(1, (os.cpu_count() or 1) // world) if self.num_workers is None else self.num_workers
-        return DataLoader(
-            self.splits[split],
-            batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else every new iterator draws from the generator of dropout
-        )
+        return max(1, (os.cpu_count() or 1) // world) if self.num_workers is None else self.num_workers
 
     def transform(self, images: torch.Tensor, augment: bool = False) -> torch.Tensor:
         return super().transform(images, augment=False)  # the workers have augmented them
