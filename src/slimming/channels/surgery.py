@@ -63,10 +63,11 @@ def prove(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:
     outputs = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for network in (light_copy(thin), mask(model, plan)):
-            whole = _watch_whole_layers(network, plan)
+            layers = plan.compare == "layers" and bool(plan.layers)  # where nothing changes, no choice does
+            whole = _watch_whole_layers(network, plan) if layers else []
             try:
                 output = call_model(network.eval(), example)
-                outputs.append(_floats(whole if plan.compare == "layers" else output))
+                outputs.append(_floats(whole if layers else output))
             except Exception as error:
                 raise PlanError(f"the pruned network does not run: {type(error).__name__}: {error}") from error
     difference = relative_difference(*outputs)
@@ -81,25 +82,39 @@ def _watch_whole_layers(network: nn.Module, plan: PruningPlan) -> list[Tensor]:
     """Return a list that fills with the outputs of all layers that the plan leaves every output channel."""
     seen: list[Tensor] = []
     for name, layer in plan.layers.items():
-        if plan.compare == "layers" and len(layer.outs) == layer.size[1] and layer.kind in ("conv", "linear"):
+        if len(layer.outs) == layer.size[1] and layer.kind in ("conv", "linear"):
             network.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out))
     return seen
 
 
 def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the largest |a - b| over the largest |b|, over lists of tensors of equal shapes; inf where shapes differ."""
+    """Return the largest |a - b| over the largest |b|, over lists of tensors of equal shapes.
+
+    Returns:
+        inf where shapes differ, or where one side alone holds a value that is not finite.
+
+    Raises:
+        PlanError: there is nothing to compare, or neither side is finite: both would pass as equal.
+    """
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.numel():
-            scale = float(y.abs().max())
-            worst = max(worst, float((x - y).abs().max()) / scale if scale else float((x - y).abs().max()))
-    return worst
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.numel()]
+    if not pairs:
+        raise PlanError("the network returns no float output to compare, so that nothing can be proven (verify=False)")
+    finite = [tuple(bool(t.isfinite().all()) for t in pair) for pair in pairs]
+    if any(x != y for x, y in finite):
+        return float("inf")
+    if (False, False) in finite:
+        raise PlanError("the network itself is not finite on this input: nothing can be proven")
+    return max(_distance(x, y) for x, y in pairs)
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    scale = float(y.abs().max())
+    return float((x - y).abs().max()) / (scale or 1)
 
 
 def _floats(value) -> list[Tensor]:
-
     return [t.double() for t in tensors_in(value) if t.is_floating_point()]
 
 
