@@ -171,13 +171,21 @@ def stacked():
     return net({"a": conv_bn(3, 8), "b": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1)}, forward)
 
 
+def averaged():
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.head(x / (1 + x.abs().mean(1, keepdim=True)))
+
+    return net({"a": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1)}, forward)
+
+
 def batch_norm_without_scales():
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
 UNDERSTOOD = [conv1d, conv3d, transposed, pixel_shuffle, used_twice, dict_output, object_output, functional_layers]
-UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales]
+UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales, stacked]
 
 
 @pytest.mark.parametrize("make", UNDERSTOOD, ids=lambda f: f.__name__)
@@ -190,8 +198,8 @@ def test_understood_whole(make):
     ("make", "reason"),
     [
         (option_a, "it pads channels by amounts written into forward"),
-        (control_flow, "it sums over channels"),
-        (stacked, "it sums over"),
+        (control_flow, "it runs over channels"),
+        (averaged, "it runs over channels"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
@@ -229,7 +237,7 @@ class Fixed(nn.Module):
             case "split":
                 x = torch.cat(torch.split(x, 4, 1)[::-1], 1)
             case "constant":
-                x = x * self.scale
+                x = x * (self.scale + 1)
             case "constant sum":
                 x = x + torch.ones(8, 1, 1, dtype=x.dtype)
             case "zeros":

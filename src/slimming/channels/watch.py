@@ -4,9 +4,6 @@ In inference mode composite operators are not decomposed, so a few dozen ATen ca
 scripted or functional code called them. Layers are recognised by the identity of their weights.
 """
 
-import functools
-import sys
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.channels.cost import macs_of
+from slimming.channels.layers import has_plain_forward
 from slimming.channels.rules import RULES, Call
-from slimming.channels.tape import FROZEN, Tape, Unknown
+from slimming.channels.sizes import SizeMode
+from slimming.channels.tape import FROZEN, Tape, Unknown, varying
 from slimming.errors import GraphError
 
+VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze")
 OFF_IN_TRAINING = ("Dropout", "StochasticDepth", "DropPath")  # random layers: watched and compared switched off
 
 
@@ -27,7 +27,7 @@ class Watcher(TorchDispatchMode):
 
     def __init__(self, tape: Tape, model: nn.Module):
         super().__init__()
-        self.tape = tape
+        self.tape, self.tape_start = tape, len(tape.uses)
         self.log: list[tuple] = []  # every call with where its arguments come from
         self.serial: dict[int, tuple[int, int]] = {}
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (tensor, kept alive; its atoms)
@@ -35,11 +35,30 @@ class Watcher(TorchDispatchMode):
         self.read: set[int] = set()
         self.owners = _owners(model)
         self.names = {module: name for name, module in model.named_modules()}
-        self.module = ""
+        self.running: list[nn.Module] = []
+        self.sizes = SizeMode(self.axis_of)
+        self.overwritten: dict[int, Tensor] = {}  # id of a view -> atoms that were written into its storage since
+        self.views: list[Tensor] = []  # of parameters, that the network's code makes
+        self.full_names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Remember which module runs, for messages."""
-        self.module = self.names.get(module, self.module)
+        self.running.append(module)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Fix a BatchNorm that has just run and was not seen to normalise by its own weights."""
+        self.running.pop()
+        name = self.names.get(module)
+        if name is None or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return
+        reads = any(id(t) in self.known for t in tensors_in(args))
+        if reads and all(use.name != name for use in self.tape.uses[self.tape_start :]):
+            mode = "train" if module.training else "eval"
+            reason = f"its forward does not call batch_norm on its own weights in {mode} mode"
+            self.tape.fixed.setdefault(name, reason)
+
+    def where(self) -> str:
+        """Name the innermost module of the network that runs."""
+        return next((self.names[m] for m in reversed(self.running) if self.names.get(m)), "")
 
     def learn(self, tensor: Tensor, atoms: Tensor) -> None:
         self.known[id(tensor)] = (tensor, atoms)
@@ -50,6 +69,13 @@ class Watcher(TorchDispatchMode):
         entry = self.known.get(id(value)) if isinstance(value, Tensor) else None
         return entry[1] if entry else None
 
+    def axis_of(self, tensor: Tensor, axis: int) -> int:
+        """Number an axis whose size is asked for; channels along it are those of its atoms."""
+        atoms = self.atoms_of(tensor)
+        along = atoms is not None and varying(atoms) == [axis % tensor.ndim]
+        self.tape.axes.append(atoms.reshape(-1) if along else torch.empty(0, dtype=torch.long))
+        return len(self.tape.axes) - 1
+
     def owner_of(self, tensor: Tensor | None) -> tuple[str, nn.Module] | None:
         return self.owners.get(id(tensor))
 
@@ -58,14 +84,34 @@ class Watcher(TorchDispatchMode):
         out = func(*args, **kwargs)
         leaves = _flat((*args, *kwargs.values()))
         operands = [t for t in leaves if isinstance(t, Tensor) and id(t) in self.known]
+        if not operands and func._schema.name in VIEWS and id(args[0]) in self.owners:
+            self.owners[id(out)] = self.owners[id(args[0])]
+            self.full_names[id(out)] = self.full_names[id(args[0])]
+            self.views.append(out)  # kept alive, so that no other tensor gets its id
         if operands:
             self.log.append((func, *map(self._sign, leaves)))
             self.read.update(map(id, operands))
-            uses = len(self.tape.uses)
-            self._follow(Call(func, args, kwargs, out, self.atoms_of, self.owner_of), operands)
-            if len(self.tape.uses) == uses:
+            counted = self._counted()
+            call = Call(
+                func, args, kwargs, out, self.atoms_of, self.owner_of, self._name_of, self.running, self.sizes.given
+            )
+            self._follow(call, operands)
+            if self._counted() == counted:
                 self.tape.other_macs += macs_of(func, args, out)
         return out
+
+    def _name_of(self, tensor: Tensor) -> str:
+        return self.full_names[id(tensor)]
+
+    def _overwrite(self, outputs: list[Tensor], atoms: list[Tensor]) -> None:
+        """Remember that all other views of what is written in place have become stale."""
+        for tensor, own in zip(outputs, atoms, strict=True):
+            for view in self.storages.get(tensor.untyped_storage()._cdata, set()) - {id(tensor)}:
+                self.overwritten[view] = own
+            self.overwritten.pop(id(tensor), None)
+
+    def _counted(self) -> int:
+        return len(self.tape.uses) + len(self.tape.products)
 
     def _sign(self, leaf: Any) -> Any:
         """Say where an argument comes from: the number of the tensor that the input led to, the weight, or its value."""
@@ -81,6 +127,10 @@ class Watcher(TorchDispatchMode):
         try:
             if rule is None:
                 raise Unknown("no rule for it")
+            for tensor in operands:
+                if id(tensor) in self.overwritten:
+                    self.tape.freeze(self.overwritten[id(tensor)], f"{name}: another view of its input was overwritten")
+                    raise Unknown("its input was overwritten through a view")
             atoms = rule(self.tape, call)
             atoms = list(atoms) if isinstance(atoms, list | tuple) else [atoms]
             if any(a.ndim != t.ndim for a, t in zip(atoms, outputs, strict=True)):
@@ -88,13 +138,15 @@ class Watcher(TorchDispatchMode):
             changed = call.func._schema.is_mutable and any(
                 self.atoms_of(t) is not a for t, a in zip(outputs, atoms, strict=True)
             )
-            if changed and any(len(self.storages.get(t.untyped_storage()._cdata, ())) > 1 for t in outputs):
-                raise Unknown("it writes in place into a tensor that has views")
+            if changed:
+                self._overwrite(outputs, atoms)
         except Unknown as reason:
-            where = f" in {self.module}" if self.module else ""
+            where = f" in {self.where()}" if self.where() else ""
             for tensor in operands:
                 self.tape.freeze(self.atoms_of(tensor), f"{name}{where}: {reason}")
             atoms = [torch.full((1,) * t.ndim, FROZEN) for t in outputs]
+            if call.func._schema.is_mutable:
+                self._overwrite(outputs, atoms)
         for tensor, own in zip(outputs, atoms, strict=True):
             self.learn(tensor, own)
 
@@ -127,43 +179,13 @@ def call_model(model: nn.Module, example: Any) -> Any:
 
 
 def set_training(model: nn.Module, norms: bool = True) -> nn.Module:
-    """Put into train mode all but what is random and, unless `norms`, BatchNorms; in place."""
+    """Put into train mode all but what is random and, unless `norms`, plain BatchNorms; in place."""
     model.train()
     for module in model.modules():
         random = any(word in type(module).__name__ for word in OFF_IN_TRAINING)
-        if random or (not norms and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if random or (not norms and isinstance(module, nn.modules.batchnorm._BatchNorm) and has_plain_forward(module)):
             module.eval()
     return model
-
-
-def mode_matters(model: nn.Module) -> bool:
-    """Return whether any code of the network may ask for `training`; if none does, one pass shows all there is.
-
-    Of torch.nn itself only BatchNorm and the random layers ask, and those are switched to one behaviour for either pass.
-    """
-    return any(
-        isinstance(m, torch.jit.ScriptModule) or _asks_for_training(type(m))
-        for m in model.modules()
-        if not type(m).__module__.startswith("torch.nn.") and not any(w in type(m).__name__ for w in OFF_IN_TRAINING)
-    )
-
-
-@functools.cache
-def _asks_for_training(kind: type) -> bool:
-    """Search the class, its bases up to torch.nn, and all functions that its Python module defines or imports."""
-    places = [c for c in kind.__mro__ if not c.__module__.startswith(("torch.nn.", "builtins", "typing"))]
-    found = [f for c in places for f in vars(c).values()]
-    for name in {c.__module__ for c in places}:
-        found += vars(sys.modules[name]).values() if name in sys.modules else []
-    found = [getattr(f, "__func__", getattr(f, "fget", f)) for f in found]
-    return any("train" in vars(c) for c in places) or any(
-        _mentions(f.__code__) for f in found if hasattr(f, "__code__")
-    )
-
-
-def _mentions(code: types.CodeType) -> bool:
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return "training" in code.co_names or "training" in code.co_consts or any(map(_mentions, inner))
 
 
 def watch(tape: Tape, copied: nn.Module, example: Any) -> list[tuple]:
@@ -176,21 +198,34 @@ def watch(tape: Tape, copied: nn.Module, example: Any) -> list[tuple]:
         Exception: whatever the model raises on this input.
     """
     watcher = Watcher(tape, copied)
-    hook = nn.modules.module.register_module_forward_pre_hook(watcher.enter)
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(watcher.enter),
+        nn.modules.module.register_module_forward_hook(watcher.leave, always_call=True),
+    ]
     try:
         with torch.inference_mode():
             for tensor in tensors_in(example):
                 watcher.learn(tensor, torch.full((1,) * tensor.ndim, FROZEN))
-            with watcher:
+            with watcher.sizes, watcher:
                 output = call_model(copied, example)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     outputs = tensors_in(output)
     given = {id(t) for t in outputs}
     for key, (_, atoms) in watcher.known.items():
         if key in given or key not in watcher.read:  # unread: it may leave the network in some object
             tape.freeze(atoms, "network output")
     return [*watcher.log, ("output", *(watcher.serial.get(id(t)) for t in outputs))]
+
+
+def repeat(example: Any) -> Any:
+    """Return an example input with every item of its batch twice."""
+    if isinstance(example, Tensor):
+        return torch.cat((example, example)) if example.ndim else example
+    if isinstance(example, dict):
+        return {key: repeat(value) for key, value in example.items()}
+    return type(example)(map(repeat, example)) if isinstance(example, list | tuple) else example
 
 
 def tensors_in(value: Any, depth: int = 0) -> list[Tensor]:
