@@ -24,7 +24,11 @@ ROOMS = {  # room -> rooms it may import; `errors` is free to all
     "entry": {"config", "ranks", "stages"},
     "__init__": set(),
 }
-HEAVY = {"channels": {"torch"}, "models": {"torch", "torchvision", "timm"}, "checkpoint": {"torch"}}  # all they may import
+HEAVY = {
+    "channels": {"torch"},
+    "models": {"torch", "torchvision", "timm"},
+    "checkpoint": {"torch"},
+}  # all they may import
 
 
 def _imports(path):

@@ -83,21 +83,16 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
     copied = light_copy(model)
     mark_sizes(copied)
     try:
-        log = watching.watch(tape, copied.eval(), example)
+        evaluation = watching.watch(tape, copied.eval(), example)
     except Exception as error:
         raise GraphError(f"the network fails on the example input: {type(error).__name__}: {error}") from error
     evaluated, mark = (len(tape.uses), len(tape.products)), tape.mark()
-    try:
-        watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
-        if train_input is None:
-            own_forward = any(isinstance(m, _BatchNorm) and m.training for m in copied.modules())
-            train_input = watching.repeat(example) if own_forward else example
-        if watching.watch(tape, copied, train_input) == log:
-            tape.rewind(mark)
-        tape.other_macs = mark[1]  # costs are those of eval mode
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+    watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
+    if train_input is not None or not watching.does_the_same(evaluation, copied, example):
+        reason = _watch_training(tape, copied, example if train_input is None else train_input)
+    if reason:
         tape.rewind(mark)
+    tape.other_macs = mark[1]  # costs are those of eval mode
     graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
     if tape.doubtful or tape.resizes:
         graph = _settle_doubts(graph)
@@ -105,6 +100,17 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
         what = graph.unknown[0] if graph.unknown else f"train mode fails ({reason}): give train_input"
         raise GraphError(f"strict: not everything is understood: {what}")
     return graph
+
+
+def _watch_training(tape: Tape, copied: nn.Module, example: Any) -> str:
+    """Watch a copy in train mode; return why it fails, if it does."""
+    if any(isinstance(m, _BatchNorm) and m.training for m in copied.modules()):
+        example = watching.repeat(example)
+    try:
+        watching.watch(tape, copied, example)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _check_initialised(model: nn.Module) -> None:
@@ -255,11 +261,14 @@ class ChannelGraph:
         trainable = torch.zeros(self.count, dtype=torch.bool)
         for norm in self.norms.values():
             trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
-        if ties == "apart":
-            return trainable
-        free = self._free_classes(trainable, self._pairs(trainable))
-        found = [free[self.place[n.use.write]] for n in self.norms.values()]
-        return trainable & torch.cat(found) if found else trainable
+        return trainable if ties == "apart" else self._together(trainable)[0]
+
+    def _together(self, trainable: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the trainable gammas may be decided together, and the class of every gamma; (all gammas,) each."""
+        pairs, slots = self._pairs(trainable), self.slots()
+        free = self._free_classes(trainable, pairs)
+        joined = _components(self.tape.count, [pairs[:, free[pairs[0]]]])
+        return trainable & free[slots], joined[slots]
 
     def _free_classes(self, trainable: Tensor, pairs: Tensor) -> Tensor:
         """Return which classes die with the trainable gammas that write them, (atoms,) bool.
@@ -303,15 +312,10 @@ class ChannelGraph:
         read = (lowest == highest).nonzero().flatten()
         return torch.stack((read, highest[read]))
 
-    def slots(self, trainable: Tensor | None = None) -> Tensor:
-        """Return the class of every gamma's slot, (all gammas,); of `trainable` ones pairs that go together have one."""
+    def slots(self) -> Tensor:
+        """Return the class of every gamma's slot, (all gammas,)."""
         found = [self.place[n.use.write] for n in self.norms.values()]
-        slots = torch.cat(found) if found else torch.empty(0, dtype=torch.long)
-        if trainable is None:
-            return slots
-        pairs = self._pairs(trainable)
-        free = self._free_classes(trainable, pairs)
-        return _components(self.tape.count, [pairs[:, free[pairs[0]]]])[slots]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
     def scores(self, score: str, seed: int = 0) -> Tensor:
         """Return a score per gamma, (all gammas,) float64: |gamma|, `random`, or `weight_l1` of the filter it scales.
@@ -371,11 +375,13 @@ class ChannelGraph:
         check_number("round_to", round_to, 1, whole=True)
         check_number("max_layer_ratio", max_layer_ratio, 0, 1, above=True)
         self._check_prunable()
-        free = self.candidates(ties, list(ignore))
+        free, classes = self.candidates("apart", list(ignore)), torch.arange(self.count)
+        if ties == "together":
+            free, classes = self._together(free)
         if not bool(free.any()):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
         values = self.scores(score, seed)
-        choice = self._choice(free, values, ties, reduce, list(ignore))
+        choice = self._choice(free, classes, values, reduce)
         guards = (min_channels, max_layer_ratio, round_to)
 
         def outcome(removed: Tensor) -> Solution:
@@ -389,10 +395,9 @@ class ChannelGraph:
             removed = criterion.choose(choice)
         return self._write_plan(outcome(removed), choice, removed, criterion)
 
-    def _choice(self, free: Tensor, values: Tensor, ties: str, reduce: str, ignore: Iterable[str] = ()) -> Choice:
+    def _choice(self, free: Tensor, classes: Tensor, values: Tensor, reduce: str) -> Choice:
         gammas = free.nonzero().flatten()
-        classes = self.slots(self.candidates("apart", ignore))[gammas] if ties == "together" else gammas
-        _, unit = classes.unique(return_inverse=True)
+        _, unit = classes[gammas].unique(return_inverse=True)
         # Units are numbered by their first gamma, so that equal scores keep the order of the layers.
         first = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
         unit = first.argsort().argsort()[unit]

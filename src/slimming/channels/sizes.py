@@ -81,7 +81,7 @@ class SizeMode(TorchFunctionMode):
         self.given: list[Size] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        outer, self.given = self.given, list(_sizes_in((args, kwargs or {})))
+        outer, self.given = self.given, _collect((*args, *(kwargs or {}).values()), [])
         try:
             out = func(*args, **(kwargs or {}))
         finally:
@@ -109,14 +109,17 @@ def match(numbers: Iterable[int], given: Iterable[Size]) -> list[Size | None]:
     return found
 
 
-def _sizes_in(value: Any) -> Iterable[Size]:
-    if isinstance(value, Size):
-        yield value
-    elif isinstance(value, slice):
-        yield from _sizes_in((value.start, value.stop))
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _sizes_in(item)
+def _collect(values: Iterable, found: list[Size]) -> list[Size]:
+    """Append the Sizes in nested arguments, in order."""
+    for value in values:
+        kind = type(value)
+        if kind is Size:
+            found.append(value)
+        elif kind is slice:
+            _collect((value.start, value.stop), found)
+        elif kind in (list, tuple, torch.Size):
+            _collect(value, found)
+    return found
 
 
 def mark_sizes(model: nn.Module) -> None:
