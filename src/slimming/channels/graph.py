@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimming.channels import watch as watching
 from slimming.channels.copying import light_copy
 from slimming.channels.criteria import Budget, Choice, Criterion
+from slimming.channels.penalty import other_norms
 from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint, input_spec
 from slimming.channels.sizes import mark_sizes, new_values
 from slimming.channels.tape import FROZEN, Tape, Use
@@ -567,9 +568,10 @@ class ChannelGraph:
             raise GraphError(
                 "no BatchNorm of the network has scales and ran on the example input as a layer of its own"
             )
+        instead = other_norms(self.model)
         raise GraphError(
-            "the network has no BatchNorm scales to choose by: insert nn.BatchNorm2d after its convolutions "
-            "(before the activation) and train with the penalty"
+            f"the network has no BatchNorm scales to choose by{instead and f' ({instead})'}: insert nn.BatchNorm2d after its "
+            "convolutions (before the activation) and train with the penalty"
         )
 
     def _why_not(self) -> str:

@@ -253,7 +253,8 @@ def _per_channel(tape: Tape, call: Call, constant: Tensor, shape: tuple[int, ...
     name = call.tensor_name(constant)
     row = atoms.reshape(-1)
     tape.use(Use("scale", name, row, row))
-    tape.doubt(row, "a parameter with one number per channel, its shape perhaps written into forward")
+    if constant.is_inference():  # a view that forward makes
+        tape.doubt(row, "a view of a parameter, its shape perhaps written into forward")
 
 
 def add(tape: Tape, call: Call) -> Tensor:

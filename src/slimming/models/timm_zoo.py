@@ -65,12 +65,13 @@ def _library():
 
 
 def _check_name(library, name: str) -> None:
+    name = str(name)
     if library.is_model(name) and "." not in name:
         return
-    base, _, tag = str(name).partition(".")
+    base, _, tag = name.partition(".")
     if tag and library.is_model(base):
         raise ConfigError(f"model.name={name!r} holds a tag of weights: set model.name={base} model.weights={tag}")
-    near = difflib.get_close_matches(str(name), library.list_models(), 3)
+    near = difflib.get_close_matches(name, library.list_models(), 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
     raise ConfigError(f"model.name={name!r} is not a model of timm {library.__version__}; {hint}")
 
