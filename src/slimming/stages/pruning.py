@@ -14,8 +14,9 @@ from slimming import checkpoint, ports
 from slimming.channels import criteria, surgery
 from slimming.channels.calibrate import calibrate
 from slimming.channels.cost import Cost, latency_ms, widths
-from slimming.channels.graph import ChannelGraph, trace
+from slimming.channels.graph import ChannelGraph
 from slimming.channels.plan import PruningPlan
+from slimming.channels.trace import trace
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
