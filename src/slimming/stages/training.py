@@ -17,11 +17,11 @@ from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError
 from slimming.ranks import torchrun_devices
+from slimming.records import config_differences
 from slimming.report import figures
 from slimming.stages.common import (
     build,
     build_data,
-    config_differences,
     example_of,
     model_label,
     model_spec,
