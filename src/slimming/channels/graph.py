@@ -26,7 +26,7 @@ from slimming.channels.penalty import other_norms
 from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint, input_spec
 from slimming.channels.sizes import mark_sizes, new_values
 from slimming.channels.tape import FROZEN, Tape, Use
-from slimming.errors import GraphError, PlanError, check_choice, check_number
+from slimming.errors import GraphError, PlanError, check_choice, check_number, check_patterns
 
 CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 CHOOSING = (
@@ -258,7 +258,12 @@ class ChannelGraph:
 
         Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm but one
         that is decided with it, and zero wherever a convolution or linear layer reads it once all its gammas are pruned.
+
+        Raises:
+            ConfigError: a pattern to ignore that matches no BatchNorm.
         """
+        norms = (n for n, m in self.modules.items() if isinstance(m, _BatchNorm))
+        check_patterns("ignore", ignore, norms, "BatchNorm")
         trainable = torch.zeros(self.count, dtype=torch.bool)
         for norm in self.norms.values():
             trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
@@ -367,7 +372,7 @@ class ChannelGraph:
 
         Raises:
             GraphError: nothing can be pruned, or a gamma is not finite.
-            ConfigError: a value out of range.
+            ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
         """
         check_choice("ties", ties, ("together", "apart"))
         check_choice("reduce", reduce, ("max", "mean"))
