@@ -89,6 +89,11 @@ def try_model(model: nn.Module, example: torch.Tensor) -> Cost:
         ) from error
 
 
+def uncounted(cost: dict) -> str:
+    """Say what a cost in result.json leaves out: ` (not counted: cdist in head)`, "" if nothing."""
+    return f" (not counted: {', '.join(cost['uncounted'])})" if cost.get("uncounted") else ""
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
