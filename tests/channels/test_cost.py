@@ -170,6 +170,32 @@ def test_what_the_input_does_not_reach_counts_in_a_budget_too():
     assert slimming.trace(model, example).dense_cost["macs"] == cost(model, example).macs == 4 * 12 + 7 * 5 * 3
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_windows_in_the_place_of_the_batch_count_in_a_budget(batch):
+    """Rows of the image take the batch's axis: layers, products and attention run once for each."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.fc, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv(x)))
+            rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # (N * H, W, C)
+            rows = (rows @ rows.transpose(1, 2)).softmax(-1) @ rows
+            rows = F.scaled_dot_product_attention(rows, rows, rows, scale=1.0)
+            rows = self.fc(rows).unflatten(0, (len(x), -1))
+            return self.head(rows.mean((1, 2)))
+
+    model, example = Net().eval(), torch.randn(batch, 3, 5, 7)
+    graph = slimming.trace(model, example)
+    assert graph.dense_cost["macs"] == batch * cost(model, example).macs
+    plan = graph.plan(slimming.GlobalRatio(0.5), ties="apart")
+    share = cost(slimming.prune(model, plan), example).macs / cost(model, example).macs
+    assert share < 0.7 and plan.got["macs"] == pytest.approx(share, rel=1e-12)
+
+
 QUICK = {"maxvit_t", "mobilenet_v3_small", "resnet18", "squeezenet1_1", "swin_v2_t", "vit_b_16"}
 
 

@@ -461,7 +461,7 @@ class ChannelGraph:
 
     @functools.cached_property
     def dense_cost(self) -> dict[str, int]:
-        """{macs, params} of the network as it is."""
+        """{macs, params} of the network as it is; macs of the whole example."""
         return self._cost(None, None)
 
     def _cost(self, live: Tensor | None, kept: Tensor | None) -> dict[str, int]:
