@@ -23,7 +23,7 @@ from slimming.channels.penalty import other_norms
 from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint
 from slimming.channels.sizes import new_values
 from slimming.channels.tape import CARRYING, FROZEN, Tape, Use
-from slimming.errors import GraphError, PlanError, check_choice, check_number
+from slimming.errors import GraphError, PlanError, check_choice, check_number, check_patterns
 
 CHOOSING = (
     "topk",
@@ -154,7 +154,12 @@ class ChannelGraph:
 
         Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm but one
         that is decided with it, and zero wherever a convolution or linear layer reads it once all its gammas are pruned.
+
+        Raises:
+            ConfigError: a pattern to ignore that matches no BatchNorm.
         """
+        norms = (n for n, m in self.modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        check_patterns("ignore", ignore, norms, "BatchNorm")
         trainable = torch.zeros(self.count, dtype=torch.bool)
         for norm in self.norms.values():
             trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
@@ -263,7 +268,7 @@ class ChannelGraph:
 
         Raises:
             GraphError: nothing can be pruned, or a gamma is not finite.
-            ConfigError: a value out of range.
+            ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
         """
         check_choice("ties", ties, ("together", "apart"))
         check_choice("reduce", reduce, ("max", "mean"))
@@ -352,7 +357,7 @@ class ChannelGraph:
 
     @functools.cached_property
     def dense_cost(self) -> dict[str, int]:
-        """{macs, params} of the network as it is."""
+        """{macs, params} of the network as it is; macs of the whole example."""
         return self._cost(None, None)
 
     def _cost(self, live: Tensor | None, kept: Tensor | None) -> dict[str, int]:
