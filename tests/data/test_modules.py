@@ -197,6 +197,8 @@ def test_image_folder(tmp_path):
     assert np.array_equal(train.images[7].permute(1, 2, 0), np.asarray(Image.open(tmp_path / "train/bee/1.png")))
     x = train.images.double() / 255
     assert data.mean == pytest.approx(x.mean((0, 2, 3)).tolist())
+    given = ready(ImageFolder(root=data.root, batch_size=2, mean=[0.5, 0.4, 0.3]))
+    assert given.mean == (0.5, 0.4, 0.3) and given.std == data.std
     assert data.std == pytest.approx(x.var((0, 2, 3), correction=0).sqrt().tolist())
     assert data.statistics()["classes"] == ["ant", "bee"]
 

@@ -1,6 +1,6 @@
 """What all data modules share: splits, loaders, augmentation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -70,6 +70,23 @@ class ImageData(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size
         self.augment, self.crop, self.pad, self.seed = augment, crop, pad, seed
         self.splits: dict[str, TensorImages] = {}
+
+    def normalise_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Set the mean and the standard deviation, per channel, in [0, 1]; None leaves what is there.
+
+        Raises:
+            ConfigError: another number of channels, or a value out of range.
+        """
+        for key, value in (("mean", mean), ("std", std)):
+            if value is None:
+                continue
+            if len(value) != self.in_channels:
+                raise ConfigError(
+                    f"data.{key} must hold {self.in_channels} numbers, one per channel, got {list(value)}"
+                )
+            for number in value:
+                check_number(f"each of data.{key}", number, 0, 1, above=key == "std")
+            setattr(self, key, tuple(value))
 
     def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return uint8 images (N, C, H, W) and integer labels (N,) of one part."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ class ImageFolder(ImageData):
         image_size: int | None = None,
         flips: bool = True,
         cache_dir: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **kwargs,
     ):
         """List the files; no image is decoded yet.
@@ -35,6 +38,7 @@ class ImageFolder(ImageData):
             image_size: the shorter side is resized to it and the middle cut out; None: all images must be squares of
                 one size already.
             cache_dir: where the decoded images are kept; None: $XDG_CACHE_HOME/slimming or ~/.cache/slimming.
+            mean, std: per channel, in [0, 1], to normalise by; None: those of the training images.
 
         Raises:
             DataError: no such folder, fewer than two classes, a class without images, parts with other classes.
@@ -57,6 +61,8 @@ class ImageFolder(ImageData):
         self.image_size = image_size
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.cache_dir = Path(cache_dir or Path(home) / "slimming")
+        self.given = {"mean": mean, "std": std}
+        self.normalise_by(mean, std)
 
     def statistics(self) -> dict:
         return super().statistics() | {"classes": self.classes}
@@ -79,17 +85,17 @@ class ImageFolder(ImageData):
             self._fill(part)
             images, labels, moments = self._read(part)
         if train:
-            self._normalise_by(moments[split_off(labels, self.val_size)[0]])
+            self._measure(moments[split_off(labels, self.val_size)[0]])
         return images, labels
 
     def _read(self, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         data = torch.load(self._cache(part), weights_only=True)
         return data["images"], data["labels"], data["moments"]
 
-    def _normalise_by(self, moments: torch.Tensor) -> None:
+    def _measure(self, moments: torch.Tensor) -> None:
         mean, square = moments.mean(0)
-        self.mean = tuple(mean.tolist())
-        self.std = tuple((square - mean**2).clamp_min(1e-6).sqrt().tolist())
+        found = {"mean": mean.tolist(), "std": (square - mean**2).clamp_min(1e-6).sqrt().tolist()}
+        self.normalise_by(**{key: self.given[key] or value for key, value in found.items()})
 
     def _cache(self, part: str) -> Path:
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self.image_size} {self.resize}".encode())

@@ -6,7 +6,7 @@ import torch
 from torchvision import datasets
 
 from slimming.data.base import ImageData, check_labels
-from slimming.errors import ConfigError, DataError, check_number
+from slimming.errors import DataError
 
 
 class Official(ImageData):
@@ -30,16 +30,7 @@ class Official(ImageData):
         """
         super().__init__(**kwargs)
         self.root, self.download = root, download
-        for key, value in (("mean", mean), ("std", std)):
-            if value is None:
-                continue
-            if len(value) != self.in_channels:
-                raise ConfigError(
-                    f"data.{key} must hold {self.in_channels} numbers, one per channel, got {list(value)}"
-                )
-            for number in value:
-                check_number(f"each of data.{key}", number, 0, 1, above=key == "std")
-            setattr(self, key, tuple(value))
+        self.normalise_by(mean, std)
 
     def prepare_data(self) -> None:
         """Download what is missing (on one process per node).
