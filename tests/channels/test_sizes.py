@@ -192,6 +192,12 @@ def test_a_pruned_network_is_pruned_again(make):
         model = assert_exact(model, plan, IMAGE)
 
 
+def test_slopes_per_channel_shrink_with_what_they_say_of_themselves():
+    model = randomise(layer_scale())
+    thin = slimming.prune(model, slimming.trace(model, IMAGE).plan(slimming.GlobalRatio(0.5)))
+    assert thin.prelu.num_parameters == len(thin.prelu.weight) == thin.a[0].out_channels < 8
+
+
 def test_the_plan_says_which_attributes_change_and_survives_json():
     model = randomise(mixed())
     plan = slimming.trace(model, IMAGE).plan(slimming.GlobalRatio(0.5), ties="apart", score="random")

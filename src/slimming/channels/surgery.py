@@ -207,6 +207,11 @@ def _slices(model: nn.Module, modules: dict, name: str, layer: LayerPlan) -> lis
 
 def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
     """Make a layer's own numbers say its new size; let a norm whose sides differ select and place."""
+    if layer.kind == "scale":
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.PReLU):
+            owner.num_parameters = len(layer.outs)
+        return
     try:
         module = model.get_submodule(name)
     except AttributeError:
