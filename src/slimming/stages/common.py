@@ -25,8 +25,8 @@ from slimming import models
 from slimming.channels.cost import Cost, cost
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError, SlimmingError
+from slimming.files import write_text
 from slimming.training.module import SlimmingModule
-from slimming.training.recorder import write_text
 
 RESULT = "result.json"
 FREE_ON_RESUME = {"resume", "logger", "callbacks", "checkpoint"}  # what may differ between a run and its continuation

@@ -19,6 +19,7 @@ from slimming.channels.plan import PruningPlan
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
+from slimming.files import write_text
 from slimming.report import figures
 from slimming.stages.common import (
     accuracies,
@@ -35,7 +36,7 @@ from slimming.stages.common import (
     try_model,
     weight_bytes,
 )
-from slimming.training.recorder import BINS, histogram, write_text
+from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slimming.errors import SlimmingError, TrainingError
+from slimming.files import write_text
 
 POLL_S = 0.1
 FOREIGN = ("SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "RANK")
@@ -130,10 +131,8 @@ def serve(place: Path, work: Callable[[dict], object]) -> None:
             "message": message,
             "traceback": traceback.format_exc(),
         }
-        temporary = place / f".error-{rank}"
         with contextlib.suppress(OSError):  # the folder is gone: so is the one to tell
-            temporary.write_text(json.dumps(told))
-            temporary.rename(place / f"error-{rank}.json")
+            write_text(place / f"error-{rank}.json", json.dumps(told))
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
