@@ -26,7 +26,11 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "entry": {"config", "ranks", "stages"},
     "__init__": set(),
 }
-HEAVY = {"channels": {"torch"}, "models": {"torch", "torchvision"}, "checkpoint": {"torch"}}  # all they may import
+HEAVY = {
+    "channels": {"torch"},
+    "models": {"torch", "torchvision", "timm"},
+    "checkpoint": {"torch"},
+}  # all they may import
 
 
 def _imports(path):

@@ -9,6 +9,7 @@ from torch import nn
 
 import slimming
 from slimming import models
+from slimming.channels.layers import SelectBatchNorm
 from slimming.errors import ConfigError, GraphError, PlanError, SlimmingError
 
 IMAGE = torch.randn(1, 3, 32, 32)
@@ -337,4 +338,4 @@ def test_selecting_layers_keep_their_indices_when_trained_and_copied():
     import copy
 
     assert torch.equal(copy.deepcopy(thin).eval()(example), thin.eval()(example))
-    assert any(type(m).__name__ == "SelectBatchNorm" and m.select is not None for m in thin.modules())
+    assert any(isinstance(m, SelectBatchNorm) and m.select is not None for m in thin.modules())

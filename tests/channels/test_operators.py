@@ -1,6 +1,7 @@
 """Networks that exercise one thing each; whatever is not understood is frozen, listed and still exact."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -171,13 +172,21 @@ def stacked():
     return net({"a": conv_bn(3, 8), "b": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1)}, forward)
 
 
+def averaged():
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.head(x / (1 + x.abs().mean(1, keepdim=True)))
+
+    return net({"a": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1)}, forward)
+
+
 def batch_norm_without_scales():
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
 UNDERSTOOD = [conv1d, conv3d, transposed, pixel_shuffle, used_twice, dict_output, object_output, functional_layers]
-UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales]
+UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales, stacked]
 
 
 @pytest.mark.parametrize("make", UNDERSTOOD, ids=lambda f: f.__name__)
@@ -190,8 +199,8 @@ def test_understood_whole(make):
     ("make", "reason"),
     [
         (option_a, "it pads channels by amounts written into forward"),
-        (control_flow, "it sums over channels"),
-        (stacked, "it sums over"),
+        (control_flow, "it runs over channels"),
+        (averaged, "it runs over channels"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
@@ -229,7 +238,7 @@ class Fixed(nn.Module):
             case "split":
                 x = torch.cat(torch.split(x, 4, 1)[::-1], 1)
             case "constant":
-                x = x * self.scale
+                x = x * (self.scale + 1)
             case "constant sum":
                 x = x + torch.ones(8, 1, 1, dtype=x.dtype)
             case "zeros":
@@ -264,6 +273,13 @@ def test_what_cannot_be_proven_is_left_alone(how):
         slimming.trace(model, IMAGE, strict=True)
 
 
+def test_a_reason_names_the_layer_that_ran_and_no_other():
+    assert slimming.trace(randomise(Fixed("cumulative")), IMAGE).unknown == ["cumsum: no rule for it"]
+    summing = net({"a": conv_bn(8, 8)}, lambda self, x: self.a(x).cumsum(1))
+    inner = nn.Sequential(conv_bn(3, 8), summing, nn.Conv2d(8, 2, 1))
+    assert slimming.trace(randomise(inner), IMAGE).unknown == ["cumsum in 1: no rule for it"]
+
+
 def test_a_computed_weight_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6))
     model.append(nn.Conv2d(6, 2, 1))
@@ -288,6 +304,45 @@ def test_layers_that_run_in_training_alone_are_resized_too():
     model = net({"a": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1), "auxiliary": nn.Conv2d(8, 2, 3)}, forward)
     graph = check(model, IMAGE)
     assert graph.plan(slimming.GlobalRatio(0.5)).layers["auxiliary"].size == (8, 2)
+
+
+def _asks(module):
+    return module.training
+
+
+def _wrapped(forward):
+    @functools.wraps(forward)
+    def call(self, x):
+        return forward(self, x)
+
+    return call
+
+
+def _with_auxiliary(training):
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return (self.head(x), self.auxiliary(x)) if training(self) else self.head(x)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        torch.autocast("cpu", enabled=False)(_with_auxiliary(lambda self: self.training)),
+        _wrapped(_with_auxiliary(lambda self: getattr(self, "train" + "ing"))),
+        _with_auxiliary(_asks),
+        _with_auxiliary(lambda self: self.state["module"][0].training),
+        _with_auxiliary(lambda self: F.dropout(torch.ones(1), 1.0, self.training).item() == 0),
+    ],
+    ids=["autocast", "wraps", "helper", "elsewhere", "by its effect"],
+)
+def test_layers_of_training_are_found_however_the_code_asks(forward):
+    layers = {"a": conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1), "auxiliary": nn.Conv2d(8, 2, 3)}
+    model = net(layers, forward)
+    model.state = {"module": [model.a]}
+    plan = check(model, IMAGE).plan(slimming.GlobalRatio(0.5))
+    assert plan.layers["auxiliary"].size == (8, 2) and plan.train_watched
 
 
 def test_a_network_that_fails_in_training_is_said_to():

@@ -9,6 +9,7 @@ everything that can go with them:
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,14 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimming.channels import watch as watching
 from slimming.channels.copying import light_copy
 from slimming.channels.criteria import Budget, Choice, Criterion
+from slimming.channels.penalty import other_norms
 from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint, input_spec
+from slimming.channels.sizes import mark_sizes, new_values
 from slimming.channels.tape import FROZEN, Tape, Use
-from slimming.errors import GraphError, check_choice, check_number
+from slimming.errors import GraphError, PlanError, check_choice, check_number
 
+CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 CHOOSING = (
     "topk",
     "sort",
@@ -75,43 +80,90 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
     """
     watching.check_device(model, example)
     tape, reason = Tape(), ""
+    _check_initialised(model)
     copied = light_copy(model)
+    mark_sizes(copied)
     try:
-        log = watching.watch(tape, copied.eval(), example)
+        evaluation = watching.watch(tape, copied.eval(), example)
     except Exception as error:
         raise GraphError(f"the network fails on the example input: {type(error).__name__}: {error}") from error
-    evaluated, mark = len(tape.uses), tape.mark()
-    try:
-        if train_input is not None or watching.mode_matters(model):
-            watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
-            if watching.watch(tape, copied, example if train_input is None else train_input) == log:
-                tape.rewind(mark)
-            tape.other_macs = mark[1]  # costs are those of eval mode
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+    evaluated, mark = (len(tape.uses), len(tape.products)), tape.mark()
+    watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
+    if train_input is not None or not watching.does_the_same(evaluation, copied, example):
+        reason = _watch_training(tape, copied, example if train_input is None else train_input)
+    if reason:
         tape.rewind(mark)
+    tape.other_macs = mark[1]  # costs are those of eval mode
     graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
-    if tape.doubtful:
-        _settle_doubts(graph)
+    if tape.doubtful or tape.resizes:
+        graph = _settle_doubts(graph)
     if strict and (graph.unknown or reason):
         what = graph.unknown[0] if graph.unknown else f"train mode fails ({reason}): give train_input"
         raise GraphError(f"strict: not everything is understood: {what}")
     return graph
 
 
-def _settle_doubts(graph: "ChannelGraph") -> None:
-    """Prune half of everything for a rehearsal; if that network does not run or differs, freeze the doubtful sizes."""
+def _watch_training(tape: Tape, copied: nn.Module, example: Any) -> str:
+    """Watch a copy in train mode; return why it fails, if it does."""
+    if any(isinstance(m, _BatchNorm) and m.training for m in copied.modules()):
+        example = watching.repeat(example)
+    try:
+        watching.watch(tape, copied, example)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(nn.parameter.is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
+            raise GraphError(
+                f"{name or 'the network'} ({type(module).__name__}) has no sizes yet: run the network once on an example input "
+                "before it is traced"
+            )
+
+
+def _settle_doubts(graph: "ChannelGraph") -> "ChannelGraph":
+    """Rehearse: prune half of everything at random. Sizes with which that fails are frozen, the others may follow.
+
+    If all together fail, one kind after the other is tried.
+    """
+    tape = graph.tape
+    doubts = [(atoms, reason) for atoms, reason in tape.doubtful]
+    doubts += [(resize.atoms, resize.reason) for resize in tape.resizes]
+    if _rehearse(graph):
+        return graph
+    good: list[str] = []
+    sure = len(tape.frozen)
+
+    def freeze_all_but(kinds: list[str]) -> "ChannelGraph":
+        tape.frozen[sure:] = [(atoms, reason) for atoms, reason in doubts if _kind(reason) not in kinds]
+        return graph.anew()
+
+    for kind in dict.fromkeys(_kind(reason) for _, reason in doubts):
+        if _rehearse(freeze_all_but([*good, kind])):
+            good.append(kind)
+    return freeze_all_but(good)
+
+
+def _kind(reason: str) -> str:
+    """Return a reason without where it holds and without numbers."""
+    return re.sub(r"\[[-\d, ]+\]", "[...]", re.sub(r" in [^:]*(?=:)", "", reason))
+
+
+def _rehearse(graph: "ChannelGraph") -> bool:
+    """Return whether half of all gammas can go at random, decided either way, and the proof holds."""
     from slimming.channels.criteria import GlobalRatio
     from slimming.channels.surgery import prune
 
-    try:
-        prune(graph.model, graph.plan(GlobalRatio(0.5), ties="apart", score="random"), verify=True)
-    except GraphError:
-        return  # nothing to prune: no doubt to settle
-    except Exception:
-        for atoms, reason in graph.tape.doubtful:
-            graph.tape.freeze(atoms, reason)
-        graph.__init__(graph.model, graph.tape, graph.evaluated, graph.spec, graph.train_reason)
+    for ties in ("apart", "together"):
+        try:
+            prune(graph.model, graph.plan(GlobalRatio(0.5), ties=ties, score="random"), verify=True)
+        except GraphError:  # nothing to prune: no doubt to settle
+            continue
+        except Exception:
+            return False
+    return True
 
 
 class ChannelGraph:
@@ -123,7 +175,7 @@ class ChannelGraph:
         candidates: by `ties`, which gammas may be chosen.
     """
 
-    def __init__(self, model: nn.Module, tape: Tape, evaluated: int, spec: Any, train_reason: str):
+    def __init__(self, model: nn.Module, tape: Tape, evaluated: tuple[int, int], spec: Any, train_reason: str):
         self.model, self.tape, self.evaluated, self.spec, self.train_reason = model, tape, evaluated, spec, train_reason
         self.modules = dict(model.named_modules())
         self.place = _components(tape.count, tape.ties)
@@ -131,8 +183,12 @@ class ChannelGraph:
         self.frozen[self.place[FROZEN]] = True
         for atoms, _ in tape.frozen:
             self.frozen[self.place[atoms]] = True
+        for use in tape.uses:
+            if use.name in tape.fixed:
+                for side in (use.read, use.write, use.source, use.target):
+                    self.frozen[self.place[side]] = True
         reasons = dict.fromkeys(reason for _, reason in tape.frozen if reason != "network output")
-        self.unknown = list(reasons)
+        self.unknown = [*reasons, *(f"batch_norm in {name}: {reason}" for name, reason in tape.fixed.items())]
         self.layers: dict[str, Use] = {}
         for use in tape.uses:
             self.layers.setdefault(use.name, use)
@@ -141,12 +197,17 @@ class ChannelGraph:
         self._reads = [self.place[use.read] for use in tape.uses]
         self._writes = [self.place[use.write] for use in tape.uses]
 
+    def anew(self) -> "ChannelGraph":
+        """Return the graph of the tape as it is now."""
+        return ChannelGraph(self.model, self.tape, self.evaluated, self.spec, self.train_reason)
+
     def _find_norms(self) -> dict[str, Norm]:
         norms, start = {}, 0
         for name, use in self.layers.items():
             module = self.modules[name] if use.kind == "norm" else None
             if module is not None and module.weight is not None and module.bias is not None:
-                norms[name] = Norm(name, module, start, use, module.weight.requires_grad)
+                trainable = module.weight.requires_grad and name not in self.tape.fixed
+                norms[name] = Norm(name, module, start, use, trainable)
                 start += module.num_features
         return norms
 
@@ -169,6 +230,9 @@ class ChannelGraph:
         """Find what lives when the gammas outside `kept` are pruned; `forced` (atoms,) bool classes live in any case."""
         zero = self.zero_atoms(kept)
         live = self.frozen | forced
+        for product in self.tape.products:
+            if product.sums:
+                live[self.place[product.atoms[~zero[product.atoms]]]] = True
         before = -1
         while before != (before := int(live.sum())):
             for use, reads, writes in zip(
@@ -178,7 +242,7 @@ class ChannelGraph:
                     norm = self.norms.get(use.name)
                     needed = live[writes] if norm is None else live[writes] & kept[norm.all]
                     live[reads[needed]] = True
-                elif use.kind == "depthwise" or not bool(live[writes].any()):
+                elif use.kind in CARRYING or not bool(live[writes].any()):
                     continue
                 else:
                     live[reads[~zero[use.read]]] = True
@@ -192,26 +256,62 @@ class ChannelGraph:
     def candidates(self, ties: str, ignore: Iterable[str] = ()) -> Tensor:
         """Return which gammas may be chosen, (all gammas,) bool.
 
-        Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm, and
-        zero wherever a convolution or linear layer reads it once all its gammas are pruned.
+        Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm but one
+        that is decided with it, and zero wherever a convolution or linear layer reads it once all its gammas are pruned.
         """
         trainable = torch.zeros(self.count, dtype=torch.bool)
         for norm in self.norms.values():
             trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
-        if ties == "apart":
-            return trainable
+        return trainable if ties == "apart" else self._together(trainable)[0]
+
+    def _together(self, trainable: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the trainable gammas may be decided together, and the class of every gamma; (all gammas,) each."""
+        pairs, slots = self._pairs(trainable), self.slots()
+        free = self._free_classes(trainable, pairs)
+        joined = _components(self.tape.count, [pairs[:, free[pairs[0]]]])
+        return trainable & free[slots], joined[slots]
+
+    def _free_classes(self, trainable: Tensor, pairs: Tensor) -> Tensor:
+        """Return which classes die with the trainable gammas that write them, (atoms,) bool.
+
+        Args:
+            pairs: (2, n) classes that one BatchNorm reads and writes, decided as one: the first is free only if the second is.
+        """
         zero = self.zero_atoms(~trainable)
         blocked = self.frozen.clone()
+        paired = torch.zeros_like(blocked)
+        paired[pairs[0]] = True
         for use, reads in zip(self.tape.uses, self._reads, strict=True):
             if use.kind == "norm":
-                blocked[reads] = True
-            elif use.kind != "depthwise":
+                blocked[reads[~paired[reads]]] = True
+            elif use.kind not in CARRYING:
                 blocked[reads[~zero[use.read]]] = True
+        for product in self.tape.products:
+            if product.sums:
+                blocked[self.place[product.atoms[~zero[product.atoms]]]] = True
         for norm in self.norms.values():
-            slots = self.place[norm.use.write]
-            blocked[slots[~trainable[norm.all]]] = True
-        free = torch.cat([~blocked[self.place[n.use.write]] for n in self.norms.values()] or [trainable])
-        return trainable & free
+            blocked[self.place[norm.use.write][~trainable[norm.all]]] = True
+        count = -1
+        while count != (count := int(blocked.sum())):
+            blocked[pairs[0][blocked[pairs[1]]]] = True
+        return ~blocked
+
+    def _pairs(self, trainable: Tensor) -> Tensor:
+        """Return (2, n) classes that BatchNorms read and write, where all that read the one write the other.
+
+        They are decided as one: a depthwise convolution's BatchNorm and the one before it, the branches of re-parameterised
+        blocks. A stream whose readers write elsewhere (dense and pre-activation networks) is not: they select.
+        """
+        lowest = torch.full((self.tape.count,), self.tape.count)
+        highest = torch.full((self.tape.count,), -1)
+        for use, reads, writes in zip(self.tape.uses, self._reads, self._writes, strict=True):
+            if use.kind == "norm":
+                norm = self.norms.get(use.name)
+                good = trainable[norm.all] if norm is not None else torch.zeros(len(reads), dtype=torch.bool)
+                lowest.scatter_reduce_(0, reads, torch.where(good, writes, -1), "amin")
+                highest.scatter_reduce_(0, reads, writes, "amax")
+        read = (lowest == highest).nonzero().flatten()
+        return torch.stack((read, highest[read]))
 
     def slots(self) -> Tensor:
         """Return the class of every gamma's slot, (all gammas,)."""
@@ -276,11 +376,13 @@ class ChannelGraph:
         check_number("round_to", round_to, 1, whole=True)
         check_number("max_layer_ratio", max_layer_ratio, 0, 1, above=True)
         self._check_prunable()
-        free = self.candidates(ties, list(ignore))
+        free, classes = self.candidates("apart", list(ignore)), torch.arange(self.count)
+        if ties == "together":
+            free, classes = self._together(free)
         if not bool(free.any()):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
         values = self.scores(score, seed)
-        choice = self._choice(free, values, ties, reduce)
+        choice = self._choice(free, classes, values, reduce)
         guards = (min_channels, max_layer_ratio, round_to)
 
         def outcome(removed: Tensor) -> Solution:
@@ -294,10 +396,9 @@ class ChannelGraph:
             removed = criterion.choose(choice)
         return self._write_plan(outcome(removed), choice, removed, criterion)
 
-    def _choice(self, free: Tensor, values: Tensor, ties: str, reduce: str) -> Choice:
+    def _choice(self, free: Tensor, classes: Tensor, values: Tensor, reduce: str) -> Choice:
         gammas = free.nonzero().flatten()
-        classes = self.slots()[gammas] if ties == "together" else gammas
-        _, unit = classes.unique(return_inverse=True)
+        _, unit = classes[gammas].unique(return_inverse=True)
         # Units are numbered by their first gamma, so that equal scores keep the order of the layers.
         first = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
         unit = first.argsort().argsort()[unit]
@@ -370,13 +471,15 @@ class ChannelGraph:
                 norm = self.norms.get(use.name)
                 weights = 0 if norm is None else 2 * count(kept, norm.all, len(writes))
             else:
-                ins = 1 if use.kind == "depthwise" else count(live, reads, len(reads))
+                ins = 1 if use.kind in CARRYING else count(live, reads, len(reads))
                 outs = count(live, writes, len(writes))
                 weights = ins * outs // (use.groups if use.kind == "grouped" else 1) * use.kernel
-                macs += use.positions * weights * (i < self.evaluated)
+                macs += use.positions * weights * (i < self.evaluated[0])
                 weights += outs * use.bias
             params += weights * (use.name not in seen)
             seen.add(use.name)
+        for product in self.tape.products[: self.evaluated[1]]:
+            macs += product.macs * count(live, self.place[product.atoms], len(product.atoms))
         return {"macs": macs, "params": params + self._other_params}
 
     @functools.cached_property
@@ -410,8 +513,17 @@ class ChannelGraph:
             got=got,
             train_watched=not self.train_reason,
             train_reason=self.train_reason,
+            attributes=self._attributes(solution),
             compare="layers" if any(r.split(" in ")[0] in CHOOSING for r in self.unknown) else "outputs",
         )
+
+    def _attributes(self, solution: Solution) -> list[list]:
+        """Return the sizes in attributes that change; see PruningPlan."""
+        counts = [(r.size, int(solution.live[self.place[r.atoms]].sum())) for r in self.tape.resizes]
+        try:
+            return [[*attribute, value] for attribute, value in new_values(counts, self.model).items()]
+        except ValueError as error:
+            raise PlanError(f"sizes kept in attributes cannot follow this choice: {error}") from error
 
     def _layer_plan(self, name: str, use: Use, solution: Solution) -> LayerPlan | None:
         live = solution.live
@@ -456,9 +568,10 @@ class ChannelGraph:
             raise GraphError(
                 "no BatchNorm of the network has scales and ran on the example input as a layer of its own"
             )
+        instead = other_norms(self.model)
         raise GraphError(
-            "the network has no BatchNorm scales to choose by: insert nn.BatchNorm2d after its convolutions "
-            "(before the activation) and train with the penalty"
+            f"the network has no BatchNorm scales to choose by{instead and f' ({instead})'}: insert nn.BatchNorm2d after its "
+            "convolutions (before the activation) and train with the penalty"
         )
 
     def _why_not(self) -> str:
@@ -466,6 +579,58 @@ class ChannelGraph:
             return "all have requires_grad=False; set it to True and train with the penalty"
         reasons = self.unknown[:3] or ["they are tied to inputs, outputs or layers without BatchNorm"]
         return "; ".join(reasons) + "; try ties='apart'"
+
+    def shares(self) -> dict[str, Any]:
+        """Say how much of the network a plan can choose from.
+
+        Returns:
+            gammas: how many there are; together, apart: shares of them that may be chosen; blocked: {reason: share} of
+            those that `together` leaves alone.
+        """
+        free = {ties: self.candidates(ties) for ties in ("together", "apart")}
+        reasons = self._blocked(~free["together"])
+        return {
+            "gammas": self.count,
+            **{ties: int(chosen.sum()) / max(1, self.count) for ties, chosen in free.items()},
+            "blocked": {reason: count / max(1, self.count) for reason, count in reasons.items()},
+        }
+
+    def _blocked(self, gammas: Tensor) -> dict[str, int]:
+        """Count (all gammas,) bool by the first reason for which they cannot be decided together."""
+        frozen_by: dict[str, Tensor] = {}
+        for atoms, reason in [*self.tape.frozen, *((t, "network output") for t in [torch.tensor([FROZEN])])]:
+            hit = frozen_by.setdefault(_kind(reason), torch.zeros(self.tape.count, dtype=torch.bool))
+            hit[self.place[atoms]] = True
+        trainable = self.candidates("apart")
+        read_by_norm = torch.zeros(self.tape.count, dtype=torch.bool)
+        read_nonzero, stuck = read_by_norm.clone(), read_by_norm.clone()
+        zero = self.zero_atoms(~trainable)
+        for use, reads, writes in zip(self.tape.uses, self._reads, self._writes, strict=True):
+            if use.kind == "norm":
+                read_by_norm[reads] = True
+                norm = self.norms.get(use.name)
+                stuck[writes if norm is None else writes[~trainable[norm.all]]] = True
+            elif use.kind not in CARRYING:
+                read_nonzero[reads[~zero[use.read]]] = True
+        tests = [("not trained, or of a BatchNorm that stays whole", stuck), *frozen_by.items()]
+        tests += [("not zero where it is read, although its gammas are pruned", read_nonzero)]
+        tests += [("read by a BatchNorm that writes elsewhere", read_by_norm)]
+        found, left, slots = {}, gammas.clone(), self.slots()
+        for reason, classes in [*tests, ("tied to one of these", torch.ones_like(stuck))]:
+            hit = left & classes[slots]
+            left &= ~hit
+            if bool(hit.any()):
+                found[reason] = int(hit.sum())
+        return found
+
+    def summary(self) -> list[str]:
+        """Return lines for people: how many gammas may be chosen, and why the others may not."""
+        shares = self.shares()
+        lines = [
+            f"{shares['gammas']:,} gammas; may be chosen: together {shares['together']:.1%}, apart {shares['apart']:.1%}"
+        ]
+        lines += [f"  not together, {share:.1%}: {reason}" for reason, share in shares["blocked"].items()]
+        return lines
 
     def describe(self) -> str:
         """Return a table for people: every BatchNorm, what may go, and what was frozen and why."""
@@ -480,6 +645,7 @@ class ChannelGraph:
             lines.append(f"{norm.name:40} {len(weight):7} {free:13} {float(weight.median()):15.3g}")
         total = sum(n.module.num_features for n in self.norms.values() if n.trainable)
         lines.append(f"{'all':40} {self.count:7} {int(together.sum()):13}   (apart: {total})")
+        lines += self.summary()
         lines += [f"frozen: {reason}" for reason in self.unknown]
         if self.train_reason:
             lines.append(f"not watched in train mode: {self.train_reason}")
@@ -525,7 +691,9 @@ def _parameters(model: nn.Module, modules: dict[str, nn.Module], name: str) -> l
     """Return the parameters of a layer: of a module, or a parameter that its parent holds directly."""
     if name in modules:
         return [p for p in modules[name]._parameters.values() if p is not None]
-    return [model.get_parameter(name)]
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), attribute)
+    return [tensor] if isinstance(tensor, nn.Parameter) else []
 
 
 def _weight(model: nn.Module, modules: dict[str, nn.Module], name: str) -> nn.Parameter:

@@ -3,6 +3,7 @@
 Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, equation 1.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -36,6 +37,15 @@ def batchnorm_gammas(model: nn.Module, layers: Iterable[str] | None = None) -> d
                 f"penalty.layers: {pattern!r} matches no BatchNorm with a trainable scale; there are {some}"
             )
     return {name: gamma for name, gamma in found.items() if any(fnmatchcase(name, p) for p in layers)}
+
+
+def other_norms(model: nn.Module) -> str:
+    """Say what a network without BatchNorm scales has instead: `it normalises by LayerNorm (18 layers)`, or ""."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if m._parameters and "norm" in type(m).__name__.lower())
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds.most_common(3))
+    return f"it normalises by {listed}, whose scales tell nothing of single channels' share in the output"
 
 
 class Penalty:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from slimming.errors import PlanError
 
-FORMAT = 1
-KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm")
+FORMAT = 2  # 1 had no attributes
+KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm", "scale")
 
 
 @dataclass
@@ -20,7 +20,7 @@ class LayerPlan:
     """What stays of one layer; indices relative to the network that the plan is for.
 
     Attributes:
-        kind: conv, transposed, linear, depthwise, grouped or norm.
+        kind: conv, transposed, linear, depthwise, grouped, norm or scale (a parameter with one number per channel).
         ins: kept inputs (positions within a group for `grouped`); for a norm its kept channels.
         outs: kept outputs; for a norm its kept channels.
         size: (inputs, outputs) before.
@@ -62,6 +62,8 @@ class PruningPlan:
         spec: shapes and dtypes of the example input.
         keep: kept indices of every BatchNorm that loses some.
         layers: what stays of every layer that changes.
+        attributes: [module, attribute, position or None, value] of every size kept in an attribute that changes; a position
+            is that in a list or tuple of sizes.
         asked: the criterion, with its values.
         got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
             back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain),
@@ -81,6 +83,7 @@ class PruningPlan:
     train_watched: bool = True
     train_reason: str = ""
     compare: str = "outputs"
+    attributes: list[list] = field(default_factory=list)
     format: int = field(default=FORMAT)
 
     def __post_init__(self):
@@ -88,6 +91,8 @@ class PruningPlan:
             raise PlanError(f"plan: compare must be outputs or layers, got {self.compare!r}")
         for name, layer in self.layers.items():
             layer.check(name)
+        for entry in self.attributes:
+            _check_attribute(entry)
         for name, indices in self.keep.items():
             layer = self.layers.get(name)
             if layer is None or layer.kind != "norm" or layer.outs != indices:
@@ -105,12 +110,12 @@ class PruningPlan:
             PlanError: a missing or unknown key, another format, indices that cannot be.
         """
         try:
-            if data["format"] != FORMAT:
-                raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads {FORMAT}")
+            if data["format"] not in (1, FORMAT):
+                raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads 1 to {FORMAT}")
             layers = {
                 name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
             }
-            return cls(**{**data, "layers": layers})
+            return cls(**{**data, "layers": layers, "format": FORMAT})
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"plan: not a pruning plan ({type(error).__name__}: {error})") from error
 
@@ -144,9 +149,21 @@ class PruningPlan:
             ins, outs = (f"{s} -> {len(i)}" for s, i in zip(layer.size, (layer.ins, layer.outs), strict=True))
             extra = " select" * (layer.select is not None) + " place" * (layer.place is not None)
             lines.append(f"{name:40} {layer.kind:10} {ins:>13} {outs:>13}{extra}")
+        lines += [f"{module}.{name} becomes {value}" for module, name, _, value in self.attributes]
         if not self.train_watched:
             lines.append(f"not watched in train mode: {self.train_reason}")
         return "\n".join(lines)
+
+
+def _check_attribute(entry: Any) -> None:
+    good = isinstance(entry, list | tuple) and len(entry) == 4
+    if good:
+        module, name, position, value = entry
+        numbers = [n for n in (position, value) if n is not None]
+        good = isinstance(module, str) and isinstance(name, str) and value is not None
+        good = good and all(type(n) is int and n >= 0 for n in numbers)
+    if not good:
+        raise PlanError(f"plan: attributes must be [module, attribute, position or null, size], got {entry!r}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -6,14 +6,15 @@ it under its ATen name (without the underscore of the in-place form).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimming.channels.tape import Tape, Unknown, Use, Zero, compress, varying
+from slimming.channels.sizes import Size, axes_of, match
+from slimming.channels.tape import FROZEN, Product, Tape, Unknown, Use, Zero, compress, rows_along, varying
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Call:
     out: Any
     atoms_of: Callable[[Any], Tensor | None]  # None for what does not depend on the input
     owner_of: Callable[[Tensor | None], tuple[str, nn.Module] | None]  # layer of a parameter or buffer
+    tensor_name: Callable[[Tensor], str] = str  # of a parameter or buffer in the network
+    running: Sequence[nn.Module] = ()  # modules whose forward runs, the innermost last
+    sizes: Sequence[Size] = ()  # the arguments that were made of attributes and shapes
 
     @property
     def x(self) -> Tensor:
@@ -85,7 +89,10 @@ def convolution(tape: Tape, call: Call, transposed: bool = False) -> Tensor:
     use.bias = bias is not None
     if groups > 1:
         if not isinstance(module, nn.modules.conv._ConvNd):
-            raise Unknown("a grouped convolution outside torch.nn: its number of groups is written into forward")
+            size = match([groups], call.sizes)[0]
+            if groups != len(read) or not _settable(size):
+                raise Unknown("a grouped convolution outside torch.nn: its number of groups is written into forward")
+            tape.resize(size, read, f"a depthwise convolution of {groups} groups, from attributes")
         if groups == len(read) and not transposed:
             use.kind = "depthwise"  # output j belongs to input j // m
             tape.tie(use.write, read.repeat_interleave(c_out // groups))
@@ -122,7 +129,12 @@ def batch_norm(tape: Tape, call: Call) -> Tensor:
     owner = call.owner_of(weight if weight is not None else mean)
     if owner is None or not isinstance(owner[1], nn.modules.batchnorm._BatchNorm):
         raise Unknown("a batch norm without a BatchNorm module")
-    name, _ = owner
+    name, module = owner
+    others = (t for t in (bias, mean, call.args[4]) if t is not None)
+    if any((call.owner_of(t) or ("", None))[1] is not module for t in others):
+        raise Unknown("its weights or statistics are computed, not owned by one BatchNorm")
+    if module not in call.running:
+        tape.fixed[name] = "its weights are used outside of its forward"
     read = _channels(call, x, 1)
     source = tape.sources.pop(name, read)
     use = Use("norm", name, read, tape.fresh((len(read),)), source=source, bias=bias is not None)
@@ -193,8 +205,10 @@ def power(tape: Tape, call: Call) -> Tensor:
 
 
 def prelu(tape: Tape, call: Call) -> Tensor:
-    if call.args[1].numel() > 1:
-        raise Unknown("one slope per channel")
+    slopes, ndim = call.args[1], call.args[0].ndim
+    if slopes.numel() > 1:
+        shape = tuple(slopes.numel() if axis == 1 else 1 for axis in range(ndim))
+        _per_channel(tape, call, slopes, shape, call.x)
     return carry(tape, call)
 
 
@@ -208,34 +222,45 @@ def _binary(tape: Tape, call: Call, zero: str, with_constant: str) -> Tensor:
         if isinstance(constant, Tensor):
             shape = (1,) * (ndim - constant.ndim) + tuple(constant.shape)
             if any(shape[axis] > 1 for axis in varying(known)):
-                raise Unknown("a constant of fixed size meets its channels")
+                _per_channel(tape, call, constant, shape, known)
         return known if with_constant == "carry" else tape.derived("never", known.shape, [known])
     x, y = (t.view((1,) * (ndim - t.ndim) + t.shape) for t in atoms)
     if x.shape == y.shape and torch.equal(x, y):
         return x
     shape = torch.broadcast_shapes(x.shape, y.shape)
-    if len(varying(x)) > 1 or len(varying(y)) > 1 or sum(size > 1 for size in shape) > 1:
+    axes = {axis for axis in (tape.flexible(x), tape.flexible(y)) if axis is not None}
+    if len(axes) > 1:
         raise Unknown("its operands have channels along different axes")
-    # An operand of size 1 along the channel axis is spread over the channels: it has no place among them.
-    axis = next((i for i, size in enumerate(shape) if size > 1), None)
-    rows = []
-    for tensor, own in ((a, x), (b, y)):
-        full = (1,) * (ndim - tensor.ndim) + tuple(tensor.shape)
-        if axis is not None and full[axis] == 1:
-            rows.append((own, False))
-        else:
-            rows.append((own, True))
     out = tape.fresh(shape)
-    operands = [row.expand(shape).reshape(-1) for row, _ in rows]
-    for row, has_place in zip(operands, rows, strict=True):
-        if has_place[1]:
+    operands = [own.expand(shape).reshape(-1) for own in (x, y)]
+    for tensor, row in zip((a, b), operands, strict=True):
+        full = (1,) * (ndim - tensor.ndim) + tuple(tensor.shape)
+        # An operand of size 1 along the channel axis is spread over the channels: it has no place among them.
+        if not axes or full[min(axes)] > 1:
             tape.tie(out.view(-1), row)
+    if len(varying(out)) > 1:
+        tape.inherit(out, (x if len(varying(x)) >= len(varying(y)) else y).expand(shape))
     tape.zeros.append(Zero(zero, out.view(-1), torch.stack(operands)))
     return out
 
 
+def _per_channel(tape: Tape, call: Call, constant: Tensor, shape: tuple[int, ...], atoms: Tensor) -> None:
+    """Note a parameter with one number per channel (layer scale); it shrinks with the channels."""
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    owner = call.owner_of(constant)
+    if owner is None or axes != varying(atoms):
+        raise Unknown("a constant of fixed size meets its channels")
+    name = call.tensor_name(constant)
+    row = atoms.reshape(-1)
+    tape.use(Use("scale", name, row, row))
+    if constant.is_inference():  # a view that forward makes
+        tape.doubt(row, "a view of a parameter, its shape perhaps written into forward")
+
+
 def add(tape: Tape, call: Call) -> Tensor:
     """Tied; zero only where both operands are. The same for sub, maximum and minimum."""
+    if any(isinstance(term, int | float) and term == 0 for term in call.args[:2]):
+        return _binary(tape, call, "all", "carry")
     return _binary(tape, call, "all", "never")
 
 
@@ -267,21 +292,88 @@ _SPATIAL |= {"upsample_linear1d": 1, "upsample_nearest1d": 1, "upsample_trilinea
 
 
 def reduce(tape: Tape, call: Call) -> Tensor:
-    """Mean or sum over axes along which the atoms do not change."""
+    """Mean, sum or largest value over space or over branches; zero where all that meets in one place is."""
     x, axes = call.args[0], call.arg(1, "dim")
     axes = [axes] if isinstance(axes, int) else list(axes or range(x.ndim))
     axes = [axis % x.ndim for axis in axes]
-    if set(axes) & set(varying(call.x)):
-        raise Unknown("it sums over channels")
+    atoms, met = call.x, set(axes) & set(varying(call.x))
+    if met and tape.flexible(atoms) in met:
+        if _name(call) != "sum" or len(varying(atoms)) > 1:
+            raise Unknown("it runs over channels")
+        tape.products.append(Product(atoms.reshape(-1), 0, sums=True))
+        atoms = torch.full((1,) * x.ndim, FROZEN)
+    elif met:
+        parts = [atoms]
+        for axis in met:
+            parts = [piece for part in parts for piece in part.split(1, axis)]
+        atoms = tape.derived("all", parts[0].shape, parts)
     if call.out.ndim == x.ndim:
-        return call.x
-    return call.x.view([size for axis, size in enumerate(call.x.shape) if axis not in axes])
+        return atoms
+    return atoms.view([size for axis, size in enumerate(atoms.shape) if axis not in axes])
 
 
 def softmax(tape: Tape, call: Call) -> Tensor:
-    if call.args[1] % call.args[0].ndim in varying(call.x):
+    if call.args[1] % call.args[0].ndim == tape.flexible(call.x):
         raise Unknown("it runs over channels")
     return tied(tape, call)
+
+
+def matmul(tape: Tape, call: Call) -> Tensor:
+    """Products of activations as in attention: a sum over channels, or channels carried by the right factor.
+
+    Rows (..., M, K) times columns (..., K, N). Summed over K, the channels of both factors are tied and needed unless one
+    of them is zero. Channels along N are carried: their K summands are all zero together.
+    """
+    left, right = call.args[:2]
+    a, b = (_atoms_or_frozen(call, t) for t in (left, right))
+    if left.ndim < 3 or left.shape[:-2] != right.shape[:-2]:
+        raise Unknown("its factors are not batches of matrices")
+    ndim, macs = left.ndim, call.out.numel() * left.shape[-1] // left.shape[0]
+    axis_a, axis_b = _matrix_axis(tape, a), _matrix_axis(tape, b)
+    if axis_a == ndim - 1 and axis_b == ndim - 2:
+        turned = b.transpose(-1, -2)
+        pairs = tape.derived("any", torch.broadcast_shapes(a.shape, turned.shape), [a, turned])
+        tape.products.append(Product(pairs.reshape(-1), macs // pairs.numel(), sums=True))
+        return torch.full((1,) * ndim, FROZEN)
+    if axis_a is None and axis_b == ndim - 1:
+        tape.products.append(Product(b.reshape(-1), macs // b.numel(), sums=False))
+        return b
+    if axis_b is None and axis_a == ndim - 2:
+        tape.products.append(Product(a.reshape(-1), macs // a.numel(), sums=False))
+        return a
+    raise Unknown("its channels are neither summed over by both factors nor carried by one")
+
+
+def attention(tape: Tape, call: Call) -> Tensor:
+    """scaled_dot_product_attention: queries and keys keep their channels unless the scale is given, since it counts them."""
+    query, key, value = (_atoms_or_frozen(call, t) for t in call.args[:3])
+    ndim = call.args[0].ndim
+    if any(_matrix_axis(tape, t) not in (None, ndim - 1) for t in (query, key, value)):
+        raise Unknown("its channels lie along another axis than the last")
+    macs = call.args[0].shape[-2] * call.args[1].shape[-2] * call.args[0][0, ..., 0, 0].numel()
+    if call.kwargs.get("scale") is None:
+        for atoms in (query, key):
+            tape.freeze(atoms, "scaled_dot_product_attention: its scale counts the channels of queries and keys")
+        tape.other_macs += macs * call.args[0].shape[-1]
+    else:
+        pairs = tape.derived("any", torch.broadcast_shapes(query.shape, key.shape), [query, key])
+        tape.products.append(Product(pairs.reshape(-1), macs * call.args[0].shape[-1] // pairs.numel(), sums=True))
+    tape.products.append(Product(value.reshape(-1), macs * call.args[2].shape[-1] // value.numel(), sums=False))
+    return value
+
+
+def _matrix_axis(tape: Tape, atoms: Tensor) -> int | None:
+    """Return the axis of a batch of matrices along which channels may go: one of the last two, and all of it, or none."""
+    axes, flexible = varying(atoms), tape.flexible(atoms)
+    last = {atoms.ndim - 1, atoms.ndim - 2}
+    if 0 in axes or (flexible is not None and (flexible not in last or last & set(axes) != {flexible})):
+        raise Unknown("its channels do not lie along one side of its matrices")
+    return flexible
+
+
+def _atoms_or_frozen(call: Call, tensor: Tensor) -> Tensor:
+    atoms = call.atoms_of(tensor)
+    return torch.full((1,) * tensor.ndim, FROZEN) if atoms is None else atoms
 
 
 def pad(tape: Tape, call: Call) -> Tensor:
@@ -303,18 +395,68 @@ def pad(tape: Tape, call: Call) -> Tensor:
 def move(tape: Tape, call: Call) -> Tensor:
     """Views and permutations: the same operator on the atoms, shaped like the activation."""
     call.only_first()
-    x = call.args[0]
-    full = call.x.expand(x.shape)
-    name = _name(call)
-    if name in ("view", "reshape", "_unsafe_view", "view_as"):
-        moved = full.reshape(call.out.shape)
-    else:
-        moved = call.func(full, *call.args[1:], **call.kwargs)
-    atoms = _rectangular(tape, compress(moved))
-    if name in ("view", "reshape", "_unsafe_view"):
-        sizes = call.args[1] if isinstance(call.args[1], list | tuple) else call.args[1:]
-        if any(sizes[axis] != -1 for axis in varying(atoms) if axis < len(sizes)):
-            tape.doubtful.append((atoms.reshape(-1), f"{name} to sizes {list(sizes)} that may be written into forward"))
+    full, name = call.x.expand(call.args[0].shape), _name(call)
+    moved = full.reshape(call.out.shape) if name in _RESHAPES else call.func(full, *call.args[1:], **call.kwargs)
+    atoms = compress(moved)
+    axis = tape.flexible(atoms)
+    sizes = _written_sizes(call, name)
+    if len(sizes) == atoms.ndim:
+        for i, (number, size) in enumerate(zip(sizes, match(sizes, call.sizes), strict=True)):
+            if i == axis and number != -1:
+                _follow(tape, size, rows_along(atoms, axis)[0], f"{name} to sizes {sizes}")
+            elif i != axis and size is not None:
+                _stays(tape, size, f"{name} to sizes {sizes}")
+    return atoms
+
+
+_RESHAPES = ("view", "reshape", "_unsafe_view")
+
+
+def _written_sizes(call: Call, name: str) -> list[int]:
+    """Return the sizes of all axes of the output as the operator was given them; -1 for what it works out."""
+    if name in (*_RESHAPES, "expand"):
+        return list(call.args[1] if isinstance(call.args[1], list | tuple) else call.args[1:])
+    if name == "unflatten":
+        axis, sizes = call.args[1] % call.args[0].ndim, list(call.args[2])
+        return [-1] * axis + sizes + [-1] * (call.args[0].ndim - axis - 1)
+    return []
+
+
+def _follow(tape: Tape, size: Size | None, atoms: Tensor, what: str) -> None:
+    """Let a size that counts these atoms follow them: an attribute is set anew, any other must come from a shape."""
+    if _settable(size):
+        tape.resize(size, atoms, f"{what}, from attributes")
+        return
+    others = [tape.axes[i] for i in axes_of(size)]
+    for other in others:  # the size of another tensor's axis: both must stay equally long
+        if len(other) == len(atoms) and not torch.equal(other.sort().values, atoms.sort().values):
+            tape.tie(other, atoms)
+    tape.doubt(torch.cat((atoms, *others)), f"{what} that may be written into forward")
+
+
+def _stays(tape: Tape, size: Size, what: str) -> None:
+    """Keep a size of an axis along which no channel goes: neither its attribute nor the axis it was read from may change."""
+    if _settable(size):
+        tape.resize(size, torch.full((int(size),), FROZEN), f"{what}, from attributes")
+    for i in axes_of(size):
+        if len(tape.axes[i]):
+            tape.freeze(tape.axes[i], f"{what} of a tensor that keeps its channels")
+
+
+def _settable(size: Size | None) -> bool:
+    """Return whether a size is made of attributes alone."""
+    return size is not None and not axes_of(size)
+
+
+def view_as(tape: Tape, call: Call) -> Tensor:
+    """A view to the shape of another tensor; channels of both must stay equally many."""
+    other = call.atoms_of(call.args[1])
+    if other is None:
+        raise Unknown("the size of a constant")
+    atoms = compress(call.x.expand(call.args[0].shape).reshape(call.out.shape))
+    if varying(atoms) != varying(other) or len(varying(atoms)) > 1:
+        raise Unknown("its channels lie along another axis than those of the tensor it is shaped like")
+    tape.tie(atoms, other)
     return atoms
 
 
@@ -332,15 +474,6 @@ def expand_as(tape: Tape, call: Call) -> Tensor:
 
 def type_as(tape: Tape, call: Call) -> Tensor:
     return call.x
-
-
-def _rectangular(tape: Tape, atoms: Tensor) -> Tensor:
-    """Tie atoms that change along several axes so that whole rows go: all but the last such axis keep their size."""
-    axes = varying(atoms)
-    if len(axes) > 1:
-        grid = atoms.movedim(axes[-1], -1).reshape(-1, atoms.shape[axes[-1]])
-        tape.tie(grid[:1], grid[1:])
-    return atoms
 
 
 def concatenate(tape: Tape, call: Call) -> Tensor:
@@ -369,7 +502,10 @@ def stack(tape: Tape, call: Call) -> Tensor:
     if any(a is None for a in atoms):
         raise Unknown("a constant is stacked")
     shape = torch.broadcast_shapes(*(a.shape for a in atoms))
-    return _rectangular(tape, compress(torch.stack([a.expand(shape) for a in atoms], axis)))
+    stacked = compress(torch.stack([a.expand(shape) for a in atoms], axis))
+    inner = [i for i in varying(stacked) if i != axis]
+    tape.flexible(stacked, inner[-1] if inner else None)
+    return stacked
 
 
 def chunk(tape: Tape, call: Call) -> list[Tensor]:
@@ -377,39 +513,75 @@ def chunk(tape: Tape, call: Call) -> list[Tensor]:
     x, axis = call.args[0], call.arg(2, "dim", 0) % call.args[0].ndim
     if axis not in varying(call.x):
         return [call.x] * len(call.out)
-    if x.shape[axis] % len(call.out) or len(varying(call.x)) > 1:
+    if x.shape[axis] % len(call.out) or tape.flexible(call.x) != axis:
         raise Unknown("its parts are not equal")
-    parts = list(call.x.chunk(len(call.out), axis))
+    return _equal_parts(tape, call.x, len(call.out), axis)
+
+
+def _equal_parts(tape: Tape, atoms: Tensor, count: int, axis: int) -> list[Tensor]:
+    parts = list(atoms.chunk(count, axis))
     for part in parts[1:]:
         tape.tie(parts[0], part)
     return parts
 
 
 def split(tape: Tape, call: Call) -> list[Tensor]:
-    if call.arg(2, "dim", 0) % call.args[0].ndim in varying(call.x):
+    """Parts of sizes that follow their channels where they come from attributes; equal parts stay equal."""
+    axis = call.arg(2, "dim", 0) % call.args[0].ndim
+    if axis not in varying(call.x):
+        return [call.x] * len(call.out)
+    if _name(call) == "tensor_split" or tape.flexible(call.x) != axis:
         raise Unknown("it splits channels at positions written into forward")
-    return [call.x] * len(call.out)
+    lengths = [part.shape[axis] for part in call.out]
+    equal = isinstance(call.args[1], int) and len(set(lengths)) == 1
+    if equal:
+        parts = _equal_parts(tape, call.x, len(lengths), axis)
+        size = match(lengths[:1], call.sizes)[0]
+        _follow(tape, size, rows_along(parts[0], axis)[0], f"a split into parts of {lengths[0]}")
+        return parts
+    sizes = match(lengths, call.sizes)
+    if not all(map(_settable, sizes)):
+        raise Unknown("it splits channels at positions written into forward")
+    parts = list(call.x.split(lengths, axis))
+    for part, size in zip(parts, sizes, strict=True):
+        _follow(tape, size, rows_along(part, axis)[0], f"a split into parts of {lengths}")
+    return parts
 
 
 def unbind(tape: Tape, call: Call) -> list[Tensor]:
     axis = call.arg(1, "dim", 0) % call.args[0].ndim
-    if axis in varying(call.x):
+    if axis not in varying(call.x):
+        return [call.x.squeeze(axis)] * len(call.out)
+    if axis == tape.flexible(call.x):
         raise Unknown("it takes channels apart")
-    return [call.x.squeeze(axis)] * len(call.out)
+    return [compress(part) for part in call.x.unbind(axis)]
 
 
-def cut(tape: Tape, call: Call) -> Tensor:
-    """slice and select: along space, or all of the channels."""
+def select(tape: Tape, call: Call) -> Tensor:
+    """One position along space or along an axis that keeps all of its positions."""
     axis = call.arg(1, "dim", 0) % call.args[0].ndim
-    if _name(call) == "select":
-        if axis in varying(call.x):
-            raise Unknown("it selects one channel")
+    if axis not in varying(call.x):
         return call.x.squeeze(axis)
-    if axis in varying(call.x):
-        start, end, step = call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1)
-        if start or step != 1 or (end is not None and end < 2**62):
-            raise Unknown("it slices channels at positions written into forward")
-    return call.x
+    if axis == tape.flexible(call.x):
+        raise Unknown("it selects one channel")
+    return compress(call.x.select(axis, call.arg(2, "index")))
+
+
+def slice_(tape: Tape, call: Call) -> Tensor:
+    """Along space, or of channels up to or from a position that comes from an attribute."""
+    axis = call.arg(1, "dim", 0) % call.args[0].ndim
+    start, end, step = call.arg(2, "start") or 0, call.arg(3, "end"), call.arg(4, "step", 1)
+    n = call.args[0].shape[axis]
+    bounds = [bound for bound in (start, n if end is None else end) if 0 != bound < n]
+    if axis not in varying(call.x) or not (bounds or step != 1):
+        return call.x
+    sizes = match(bounds, call.sizes)
+    if step != 1 or tape.flexible(call.x) != axis or not all(map(_settable, sizes)):
+        raise Unknown("it slices channels at positions written into forward")
+    row = rows_along(call.x, axis)[0]
+    for bound, size in zip(bounds, sizes, strict=True):
+        _follow(tape, size, row[:bound], f"a slice at channel {bound}")
+    return compress(call.func(call.x, axis, start, n if end is None else end))
 
 
 def pixel_shuffle(tape: Tape, call: Call) -> Tensor:
@@ -464,13 +636,17 @@ RULES: dict[str, Callable[[Tape, Call], Any]] = _table(
         move: "view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze expand movedim swapaxes "
         "flip",
         expand_as: "expand_as",
+        view_as: "view_as reshape_as",
+        matmul: "matmul bmm",
+        attention: "scaled_dot_product_attention",
         type_as: "type_as",
         concatenate: "cat concat",
         stack: "stack",
         chunk: "chunk",
         split: "split split_with_sizes tensor_split",
         unbind: "unbind",
-        cut: "slice select",
+        slice_: "slice",
+        select: "select",
         pixel_shuffle: "pixel_shuffle",
         pixel_unshuffle: "pixel_unshuffle",
         channel_shuffle: "channel_shuffle",

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from slimming.channels.copying import copy_model, light_copy
-from slimming.channels.layers import SelectBatchNorm
+from slimming.channels.layers import set_indices
 from slimming.channels.plan import LayerPlan, PruningPlan, draw_input
+from slimming.channels.sizes import attribute_name, read_attribute, write_attribute
 from slimming.channels.watch import call_model, tensors_in
 from slimming.errors import PlanError
 
@@ -36,6 +37,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
     thin = copy_model(model, memo)
     for name, layer in plan.layers.items():
         _fit_attributes(thin, name, layer)
+    _set_sizes(thin, plan)
     if verify:
         prove(model, thin, plan)
     return thin
@@ -63,10 +65,11 @@ def prove(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:
     outputs = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for network in (light_copy(thin), mask(model, plan)):
-            whole = _watch_whole_layers(network, plan)
+            layers = plan.compare == "layers" and bool(plan.layers)  # where nothing changes, no choice does
+            whole = _watch_whole_layers(network, plan) if layers else []
             try:
                 output = call_model(network.eval(), example)
-                outputs.append(_floats(whole if plan.compare == "layers" else output))
+                outputs.append(_floats(whole if layers else output))
             except Exception as error:
                 raise PlanError(f"the pruned network does not run: {type(error).__name__}: {error}") from error
     difference = relative_difference(*outputs)
@@ -81,25 +84,39 @@ def _watch_whole_layers(network: nn.Module, plan: PruningPlan) -> list[Tensor]:
     """Return a list that fills with the outputs of all layers that the plan leaves every output channel."""
     seen: list[Tensor] = []
     for name, layer in plan.layers.items():
-        if plan.compare == "layers" and len(layer.outs) == layer.size[1] and layer.kind in ("conv", "linear"):
+        if len(layer.outs) == layer.size[1] and layer.kind in ("conv", "linear"):
             network.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out))
     return seen
 
 
 def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the largest |a - b| over the largest |b|, over lists of tensors of equal shapes; inf where shapes differ."""
+    """Return the largest |a - b| over the largest |b|, over lists of tensors of equal shapes.
+
+    Returns:
+        inf where shapes differ, or where one side alone holds a value that is not finite.
+
+    Raises:
+        PlanError: there is nothing to compare, or neither side is finite: both would pass as equal.
+    """
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.numel():
-            scale = float(y.abs().max())
-            worst = max(worst, float((x - y).abs().max()) / scale if scale else float((x - y).abs().max()))
-    return worst
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.numel()]
+    if not pairs:
+        raise PlanError("the network returns no float output to compare, so that nothing can be proven (verify=False)")
+    finite = [tuple(bool(t.isfinite().all()) for t in pair) for pair in pairs]
+    if any(x != y for x, y in finite):
+        return float("inf")
+    if (False, False) in finite:
+        raise PlanError("the network itself is not finite on this input: nothing can be proven")
+    return max(_distance(x, y) for x, y in pairs)
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    scale = float(y.abs().max())
+    return float((x - y).abs().max()) / (scale or 1)
 
 
 def _floats(value) -> list[Tensor]:
-
     return [t.double() for t in tensors_in(value) if t.is_floating_point()]
 
 
@@ -139,7 +156,11 @@ def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> l
     """Return (attribute, tensor) of a layer; attribute "" for a parameter that its parent holds directly."""
     if name not in modules:
         try:
-            return [("", model.get_parameter(name))]
+            owner, _, attribute = name.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), attribute)
+            if not isinstance(tensor, Tensor):
+                raise AttributeError(name)
+            return [("", tensor)]
         except AttributeError as error:
             raise PlanError(f"plan: this network has no layer {name}") from error
     tensors = [*modules[name]._parameters.items(), *modules[name]._buffers.items()]
@@ -148,6 +169,8 @@ def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> l
 
 def _axes(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
     """Return which indices of which axes of a parameter or buffer stay."""
+    if layer.kind == "scale":
+        return [(axis, layer.outs) for axis, size in enumerate(tensor.shape) if size > 1]
     if tensor.ndim == 1:  # bias, and everything of a norm
         return [(0, layer.outs)]
     if layer.kind == "depthwise":
@@ -183,17 +206,15 @@ def _slices(model: nn.Module, modules: dict, name: str, layer: LayerPlan) -> lis
 
 
 def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
-    """Make a layer's own numbers say its new size; swap a norm whose sides differ for a SelectBatchNorm."""
+    """Make a layer's own numbers say its new size; let a norm whose sides differ select and place."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return
     if layer.kind == "norm":
         module.num_features = len(layer.outs)
-        if layer.select is not None or layer.place is not None or isinstance(module, SelectBatchNorm):
-            select, place = (None if i is None else torch.tensor(i) for i in (layer.select, layer.place))
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SelectBatchNorm(module, select, place, layer.width))
+        select, place = (None if i is None else torch.tensor(i) for i in (layer.select, layer.place))
+        set_indices(module, select, place, layer.width)
         return
     if hasattr(module, "in_channels"):
         groups = module.groups if layer.kind == "grouped" else 1
@@ -202,3 +223,16 @@ def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
             module.groups = len(layer.ins)
     elif hasattr(module, "in_features"):
         module.in_features, module.out_features = len(layer.ins), len(layer.outs)
+
+
+def _set_sizes(model: nn.Module, plan: PruningPlan) -> None:
+    """Set the sizes that modules keep in attributes."""
+    for module, name, position, value in plan.attributes:
+        attribute = (module, name, position)
+        try:
+            old = read_attribute(model, attribute)
+        except (AttributeError, IndexError, TypeError):
+            old = None
+        if type(old) is not int:
+            raise PlanError(f"plan: {attribute_name(attribute)} is not a size in this network")
+        write_attribute(model, attribute, value)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimming.channels.sizes import Resize, Size
+
 FROZEN = 0
 
 
@@ -23,7 +25,7 @@ class Use:
     """One use of a layer with weights.
 
     Attributes:
-        kind: conv, transposed, linear, depthwise, grouped or norm.
+        kind: conv, transposed, linear, depthwise, grouped, norm or scale (a parameter with one number per channel).
         name: of the layer in the network.
         read: (C_in,) atoms of the input the weights see (after the selection of a SelectBatchNorm).
         write: (C_out,) atoms of the output (before its placement).
@@ -56,6 +58,21 @@ class Zero:
     layer: str = ""
 
 
+@dataclass
+class Product:
+    """A product of activations that sums over channels, or carries those of one factor.
+
+    Attributes:
+        atoms: (n,) places summed over (zero where a factor is) or carried.
+        macs: multiply-accumulates per place.
+        sums: whether the places are summed over and so needed, unless zero.
+    """
+
+    atoms: Tensor
+    macs: int
+    sums: bool
+
+
 class Tape:
     """Collects what the rules find out; see the module's docstring."""
 
@@ -64,22 +81,29 @@ class Tape:
         self.ties: list[Tensor] = []  # (2, n) pairs that must have the same place
         self.frozen: list[tuple[Tensor, str]] = []
         self.doubtful: list[tuple[Tensor, str]] = []  # safe only if sizes written into forward follow the channels
+        self.resizes: list[Resize] = []  # sizes in attributes that have to follow the channels
+        self.axes: list[Tensor] = []  # (n,) atoms along an axis whose size the network's code asked for
+        self.fixed: dict[str, str] = {}  # norms that stay whole, and why
         self.zeros: list[Zero] = []
         self.uses: list[Use] = []
+        self.products: list[Product] = []
         self.sources: dict[str, Tensor] = {}  # what a SelectBatchNorm selects from, until it runs
-        self.other_macs = 0  # of products of activations, which pruning does not change
+        self.other_macs = 0  # of what no rule resizes
+        self.row = torch.zeros(
+            0, dtype=torch.long
+        )  # an atom of the first row that each atom is tied to; see `flexible`
 
     def mark(self) -> tuple[int, ...]:
         """Return a point to rewind to."""
-        lists = (self.ties, self.frozen, self.doubtful, self.zeros, self.uses)
-        return (self.count, self.other_macs, *map(len, lists))
+        return (self.count, self.other_macs, *map(len, self._lists()))
+
+    def _lists(self) -> tuple[list, ...]:
+        return self.ties, self.frozen, self.doubtful, self.resizes, self.zeros, self.uses, self.products
 
     def rewind(self, mark: tuple[int, ...]) -> None:
         """Forget what was written after `mark`."""
         self.count, self.other_macs, *lengths = mark
-        for entries, length in zip(
-            (self.ties, self.frozen, self.doubtful, self.zeros, self.uses), lengths, strict=True
-        ):
+        for entries, length in zip(self._lists(), lengths, strict=True):
             del entries[length:]
 
     def fresh(self, shape: Sequence[int]) -> Tensor:
@@ -99,6 +123,52 @@ class Tape:
     def freeze(self, atoms: Tensor, reason: str) -> None:
         self.frozen.append((atoms.reshape(-1), reason))
 
+    def doubt(self, atoms: Tensor, reason: str) -> None:
+        self.doubtful.append((atoms.reshape(-1), reason))
+
+    def resize(self, size: Size, atoms: Tensor, reason: str) -> None:
+        """Let an attribute follow the number of these atoms; equal sizes count the same places."""
+        atoms = atoms.reshape(-1)
+        for other in self.resizes:
+            if other.size.made_of == size.made_of and other.size == size:
+                self.tie(other.atoms, atoms)
+                break
+        self.resizes.append(Resize(size, atoms, reason))
+
+    def rows(self, atoms: Tensor) -> Tensor:
+        """Return for every atom the one of the first row that stands for its place along the flexible axis."""
+        if len(self.row) < self.count:
+            self.row = torch.cat((self.row, torch.arange(len(self.row), self.count)))
+        return self.row[atoms]
+
+    def flexible(self, atoms: Tensor, wanted: int | None = None) -> int | None:
+        """Return the axis along which channels may go; None where the atoms do not change.
+
+        Atoms that change along several axes are tied so that they stay rectangular: along all of those axes but one
+        (`wanted`, by default the last, unless ties from before say otherwise) the same positions stay everywhere, so that
+        only one gets shorter.
+        """
+        axes = varying(atoms)
+        if len(axes) < 2:
+            return axes[0] if axes else None
+        known = varying(compress(self.rows(atoms)))
+        if len(known) == 1:
+            return known[0]
+        axis = axes[-1] if wanted is None else wanted
+        grid = rows_along(atoms, axis)
+        self.tie(grid[:1], grid[1:])
+        self.row[grid] = self.row[grid[:1]].expand_as(grid).clone()
+        return axis
+
+    def inherit(self, out: Tensor, source: Tensor) -> None:
+        """Let new atoms have the rows that the atoms they are tied to have; both of one shape."""
+        if len(varying(out)) > 1:
+            _, same = self.rows(source).reshape(-1).unique(return_inverse=True)
+            flat, first = out.reshape(-1), torch.full((int(same.max()) + 1,), len(same))
+            first = first.scatter_reduce(0, same, torch.arange(len(same)), "amin")
+            self.rows(out)
+            self.row[flat] = flat[first[same]]
+
     def use(self, use: Use) -> None:
         """Note a use; the atoms of a layer used before are tied to those of its first use."""
         for other in self.uses:
@@ -116,6 +186,7 @@ class Tape:
         rows = [o.expand(out.shape).reshape(-1) for o in operands]
         for row in rows:
             self.tie(out.view(-1), row)
+        self.inherit(out, rows[0].view(out.shape))
         if when != "never":
             self.zeros.append(Zero(when, out.view(-1), torch.stack(rows)))
         return out
@@ -129,6 +200,11 @@ def compress(atoms: Tensor) -> Tensor:
             if atoms.stride(axis) == 0 or torch.equal(atoms, first.expand_as(atoms)):
                 atoms = first
     return atoms
+
+
+def rows_along(atoms: Tensor, axis: int) -> Tensor:
+    """Return the atoms as a grid (rows, n) whose second axis is `axis`."""
+    return atoms.movedim(axis, -1).reshape(-1, atoms.shape[axis])
 
 
 def varying(atoms: Tensor) -> list[int]:

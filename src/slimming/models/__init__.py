@@ -13,11 +13,13 @@ from slimming.models.convnet import convnet
 from slimming.models.densenet import densenet
 from slimming.models.mlp import mlp
 from slimming.models.preresnet import preresnet
+from slimming.models.timm_zoo import normalisation as timm_normalisation
+from slimming.models.timm_zoo import timm
 from slimming.models.vgg import vgg
 from slimming.models.zoo import NORMALISING, torchvision
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (vgg, preresnet, densenet, convnet, mlp, torchvision)
+    f.__name__: f for f in (vgg, preresnet, densenet, convnet, mlp, torchvision, timm)
 }
 
 
@@ -35,9 +37,16 @@ def build(name: str, /, **arguments) -> nn.Module:
 def spec(name: str, arguments: dict) -> dict:
     """Return {name, arguments} that rebuild a network's architecture: without the pretrained weights it started from."""
     if arguments.get("weights"):
-        normalises = {"transform_input": True} if arguments["name"] in NORMALISING else {}
+        normalises = {"transform_input": True} if name == "torchvision" and arguments["name"] in NORMALISING else {}
         arguments = arguments | {"weights": None} | normalises
     return {"name": name, "arguments": arguments}
+
+
+def normalisation(name: str, arguments: dict) -> dict[str, list[float]]:
+    """Return {mean, std} of the images that a network's pretrained weights expect; {} where it starts from fresh ones."""
+    if name == "timm" and arguments.get("weights"):
+        return timm_normalisation(arguments["name"], arguments["weights"])
+    return {}
 
 
 def label(name: str, arguments: dict) -> str:

@@ -28,3 +28,13 @@ def check_head(num_classes: int, in_channels: int) -> None:
     """Raise ConfigError unless both are whole numbers >= 1."""
     check_number("num_classes", num_classes, 1, whole=True)
     check_number("in_channels", in_channels, 1, whole=True)
+
+
+def set_gammas(model: nn.Module, value: float | None) -> nn.Module:
+    """Set every BatchNorm scale, in place; None leaves them as they are."""
+    if value is not None:
+        check_number("model.gamma_init", value)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                nn.init.constant_(module.weight, value)
+    return model

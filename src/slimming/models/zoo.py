@@ -6,8 +6,8 @@ import pathlib
 import torch
 from torch import nn
 
-from slimming.errors import ConfigError, check_number
-from slimming.models.init import check_head
+from slimming.errors import ConfigError
+from slimming.models.init import check_head, set_gammas
 
 NORMALISING = ("googlenet", "inception_v3")  # with pretrained weights they change the normalisation of their input
 
@@ -46,12 +46,7 @@ def torchvision(
         model.transform_input = True
     _fit_head(model, num_classes)
     _fit_stem(model, in_channels)
-    if gamma_init is not None:
-        check_number("model.gamma_init", gamma_init)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                nn.init.constant_(module.weight, gamma_init)
-    return model
+    return set_gammas(model, gamma_init)
 
 
 def _pretrained(models, name: str, weights: str) -> nn.Module:

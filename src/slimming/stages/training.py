@@ -1,7 +1,7 @@
 """Training with the gamma penalty."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from slimming import checkpoint
+from slimming import checkpoint, models
 from slimming.channels.cost import widths
 from slimming.channels.layers import synchronise
-from slimming.channels.penalty import near_zero_share, travel_budget
+from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError
@@ -66,6 +66,7 @@ def train(cfg: TrainConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
+    cfg = replace(cfg, data=normalised(cfg))
     start = resume_point(cfg.resume, plain(cfg), out)
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
@@ -79,6 +80,16 @@ def train(cfg: TrainConfig, out: Path) -> float:
             checkpoint.load_weights(network.model, checkpoint.read(cfg.init_from), cfg.init_from)
         result |= fit(cfg, out, network, data, start)
     return result["metrics"].get("test/acc", math.nan)
+
+
+def normalised(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the data group, its images normalised as those that pretrained weights were trained on.
+
+    Values that are given (`data.mean`) stay, and so do data that fix their own.
+    """
+    name = cfg.model.get("_target_", "").removeprefix("slimming.models.")
+    wanted = models.normalisation(name, cfg.model)
+    return cfg.data | {key: value for key, value in wanted.items() if key in cfg.data and cfg.data[key] is None}
 
 
 def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: dict | None) -> dict[str, Any]:
@@ -103,9 +114,10 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
     module = _module(cfg, network, data.num_classes, factories)
     if cfg.sparsity and not module.penalty.gammas:
+        instead = other_norms(model)
         raise ConfigError(
-            f"sparsity={cfg.sparsity:g}, but {name} has no BatchNorm with a trainable scale to penalise: "
-            "insert BatchNorm after its convolutions, or set sparsity=0"
+            f"sparsity={cfg.sparsity:g}, but {name} has no BatchNorm with a trainable scale to penalise"
+            f"{instead and f' ({instead})'}: insert BatchNorm after its convolutions, or set sparsity=0"
         )
     recorder = Recorder(out)
     trainer = _trainer(cfg, out, recorder)

@@ -1,0 +1,182 @@
+"""Sizes that a network keeps in attributes of its modules and writes into its operators, `torch.split(x, self.width, 1)`.
+
+While a network is watched, every whole number among the attributes of its modules, and every size of a tensor that its code
+asks for, is a Size: an int that remembers, through arithmetic, what it was made of. An operator that gets one made of
+attributes alone can be resized by setting those attributes anew.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Attribute = tuple[str, str, int | None]  # module, attribute, position where it holds a list or tuple of numbers
+SHAPE = "shape of a tensor"  # in place of the attribute; the position is then that of the axis in Tape.axes
+RESIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)  # surgery itself fits their numbers
+
+
+class Size(int):
+    """An int made of attributes.
+
+    Attributes:
+        made_of: the attributes that it depends on.
+        compute: gives its value from theirs.
+    """
+
+    made_of: frozenset[Attribute] = frozenset()
+    compute: Callable[[dict[Attribute, int]], int]
+
+    @classmethod
+    def of(cls, attribute: Attribute, value: int) -> "Size":
+        return cls._new(value, frozenset([attribute]), lambda values: values[attribute])
+
+    @classmethod
+    def _new(cls, value: int, made_of: frozenset[Attribute], compute: Callable) -> "Size":
+        size = cls(value)
+        size.made_of, size.compute = made_of, compute
+        return size
+
+
+def _arithmetic(function: Callable[[int, int], int], swapped: bool) -> Callable:
+    def apply(own: Size, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        first, second = (other, own) if swapped else (own, other)
+        value = function(int(first), int(second))
+        made_of = own.made_of | getattr(other, "made_of", frozenset())
+        return Size._new(value, made_of, lambda values: function(_value(first, values), _value(second, values)))
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "floordiv"):
+    setattr(Size, f"__{_name}__", _arithmetic(getattr(operator, _name), swapped=False))
+    setattr(Size, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
+
+
+def _value(number: int, values: dict[Attribute, int]) -> int:
+    return number.compute(values) if isinstance(number, Size) and number.made_of else int(number)
+
+
+@dataclass
+class Resize:
+    """`size` counts the channels `atoms` (n,); it has to follow when some of them go."""
+
+    size: Size
+    atoms: Tensor
+    reason: str
+
+
+class SizeMode(TorchFunctionMode):
+    """Keeps the Sizes among the arguments of the torch function that runs, until it returns."""
+
+    def __init__(self, axis_of: Callable[[Tensor, int], int]):
+        """Take a function that numbers an axis of a tensor."""
+        super().__init__()
+        self.axis_of = axis_of
+        self.given: list[Size] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        outer, self.given = self.given, _collect((*args, *(kwargs or {}).values()), [])
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self.given = outer
+        if isinstance(out, torch.Size) and isinstance(args[0], Tensor):
+            return torch.Size([self._size_of(args[0], axis, n) for axis, n in enumerate(out)])
+        return self._size_of(args[0], args[1], out) if func is torch.Tensor.size and len(args) > 1 else out
+
+    def _size_of(self, tensor: Tensor, axis: int, value: int) -> Size:
+        return Size.of(("", SHAPE, self.axis_of(tensor, axis)), value)
+
+
+def axes_of(size: Size | None) -> list[int]:
+    """Return the numbers of the tensors' axes that a size was made of."""
+    return [position for _, name, position in (size.made_of if size is not None else ()) if name == SHAPE]
+
+
+def match(numbers: Iterable[int], given: Iterable[Size]) -> list[Size | None]:
+    """Return which of the given Sizes each number is: of one value the k-th for the k-th, if as many are given."""
+    numbers, found = list(numbers), []
+    for i, number in enumerate(numbers):
+        same = [size for size in given if size == number]
+        sure = len(same) == numbers.count(number) or len({size.made_of for size in same}) == 1
+        found.append(same[min(numbers[:i].count(number), len(same) - 1)] if same and sure else None)
+    return found
+
+
+def _collect(values: Iterable, found: list[Size]) -> list[Size]:
+    """Append the Sizes in nested arguments, in order."""
+    for value in values:
+        kind = type(value)
+        if kind is Size:
+            found.append(value)
+        elif kind is slice:
+            _collect((value.start, value.stop), found)
+        elif kind in (list, tuple, torch.Size):
+            _collect(value, found)
+    return found
+
+
+def mark_sizes(model: nn.Module) -> None:
+    """Replace the whole numbers among the attributes of all modules by Sizes; in place."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, RESIZED):
+            continue
+        for attribute, value in module.__dict__.items():
+            if type(value) is int:
+                module.__dict__[attribute] = Size.of((name, attribute, None), value)
+            elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+                sizes = (Size.of((name, attribute, i), v) for i, v in enumerate(value))
+                module.__dict__[attribute] = type(value)(sizes)
+
+
+def new_values(counts: Iterable[tuple[Size, int]], model: nn.Module) -> dict[Attribute, int]:
+    """Find the values of attributes with which every Size equals its count.
+
+    A size made of several attributes, `self.channels // self.branches`, changes the largest that nothing else decides.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: dict[Attribute, int] = {}
+    for size, count in sorted(counts, key=lambda pair: len(pair[0].made_of)):
+        now = {attribute: read_attribute(model, attribute) for attribute in size.made_of} | found
+        free = sorted(size.made_of - found.keys(), key=lambda a: (now[a], a))
+        if free and size.compute(now) != count:
+            now[free[-1]] = _solve(size, count, free[-1], now)
+        if size.compute(now) != count:
+            raise ValueError(f"{attribute_name(min(size.made_of))} would need two values")
+        found |= {attribute: now[attribute] for attribute in size.made_of}
+    return {a: v for a, v in found.items() if v != read_attribute(model, a)}
+
+
+def _solve(size: Size, count: int, attribute: Attribute, values: dict[Attribute, int]) -> int:
+    for value in range(values[attribute] + 1):
+        if size.compute(values | {attribute: value}) == count:
+            return value
+    raise ValueError(f"no value of {attribute_name(attribute)} gives {count}")
+
+
+def attribute_name(attribute: Attribute) -> str:
+    module, name, position = attribute
+    return f"{module}.{name}".lstrip(".") + ("" if position is None else f"[{position}]")
+
+
+def read_attribute(model: nn.Module, attribute: Attribute) -> int:
+    module, name, position = attribute
+    value = getattr(model.get_submodule(module), name)
+    return value if position is None else value[position]
+
+
+def write_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
+    module, name, position = attribute
+    owner = model.get_submodule(module)
+    if position is not None:
+        old = list(getattr(owner, name))
+        value = type(getattr(owner, name))([*old[:position], value, *old[position + 1 :]])
+    setattr(owner, name, value)

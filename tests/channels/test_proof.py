@@ -1,0 +1,89 @@
+"""What the proof must see besides a wrong number: values that are no numbers, and nothing to compare."""
+
+import pytest
+import torch
+from torch import nn
+
+import slimming
+from slimming import models
+from slimming.channels.surgery import mask, prove, relative_difference
+from slimming.errors import PlanError
+
+NAN, INF = float("nan"), float("inf")
+ONES = torch.ones(2, 3)
+
+
+class Net(nn.Module):
+    """A small chain; `end` turns the logits into what the network returns."""
+
+    def __init__(self, end=lambda x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        nn.init.uniform_(self.body[1].weight)
+        self.end = end
+
+    def forward(self, x):
+        return self.end(self.body(x))
+
+
+def thin(model):
+    plan = slimming.trace(model, torch.randn(2, 3, 8, 8)).plan(slimming.GlobalRatio(0.5))
+    return slimming.prune(model, plan, verify=False), plan
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["body.0.weight", "body.1.running_mean", "body.1.weight", "body.3.bias"])
+def test_one_value_that_is_not_finite_fails_the_proof(where, value):
+    model = Net()
+    small, plan = thin(model)
+    prove(model, small, plan)
+    with torch.no_grad():
+        small.state_dict()[where].view(-1)[0] = value
+    with pytest.raises(PlanError, match="differs from the masked one"):
+        prove(model, small, plan)
+
+
+def test_a_network_that_is_not_finite_itself_is_named():
+    model = Net()
+    small, plan = thin(model)
+    with torch.no_grad():
+        model.body[3].bias[0] = NAN
+    with pytest.raises(PlanError, match="the network itself is not finite on this input"):
+        slimming.prune(model, plan)
+    with pytest.raises(PlanError, match="differs"):  # the thin one is finite, the masked one is not
+        prove(model, small, plan)
+
+
+@pytest.mark.parametrize("end", [lambda x: None, lambda x: x.argmax(1), lambda x: x[:0], lambda x: {"words": "none"}])
+def test_a_network_without_float_outputs_cannot_be_proven(end):
+    model = Net()
+    _, plan = thin(model)
+    model.end = end
+    with pytest.raises(PlanError, match="no float output to compare"):
+        slimming.prune(model, plan)
+    assert slimming.prune(model, plan, verify=False).body[1].num_features < 8
+
+
+def test_a_plan_that_changes_nothing_is_proven_where_layers_are_compared():
+    model = models.build("convnet", width=0.125)
+    plan = slimming.trace(model, torch.randn(1, 3, 32, 32)).plan(slimming.GlobalRatio(0.0))
+    plan.compare = "layers"
+    assert not plan.layers
+    prove(model, mask(model, plan), plan)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_relative_difference(value):
+    assert relative_difference([ONES, 2 * ONES], [ONES, ONES]) == 1
+    assert relative_difference([ONES], [ONES[:1]]) == relative_difference([ONES], []) == INF
+    bad = ONES.clone()
+    bad[1, 2] = value
+    assert relative_difference([ONES, bad], [ONES, ONES]) == relative_difference([ONES], [bad]) == INF
+    assert relative_difference([ONES, bad, bad], [ONES, ONES, bad]) == INF
+    assert relative_difference([ONES[:0], ONES], [ONES[:0], ONES]) == 0
+    with pytest.raises(PlanError, match="itself is not finite"):
+        relative_difference([ONES, bad], [ONES, bad])
+    for nothing in ([], [ONES[:0]]):
+        with pytest.raises(PlanError, match="no float output to compare"):
+            relative_difference(nothing, nothing)
