@@ -20,10 +20,11 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "checkpoint": {"channels", "models"},
     "ports": {"channels", "checkpoint"},
     "training": {"channels", "checkpoint"},
-    "config": {"ranks"},
+    "config": {"folders", "ranks"},
+    "folders": {"ranks"},
     "ranks": set(),
-    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "ranks"},
-    "entry": {"config", "ranks", "stages"},
+    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "folders", "ranks"},
+    "entry": {"config", "folders", "ranks", "stages"},
     "__init__": set(),
 }
 HEAVY = {

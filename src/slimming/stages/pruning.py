@@ -18,7 +18,7 @@ from slimming.channels.graph import ChannelGraph, trace
 from slimming.channels.plan import PruningPlan
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
-from slimming.errors import ConfigError, DataError
+from slimming.errors import ConfigError, DataError, RunDirectoryError
 from slimming.files import write_text
 from slimming.report import figures
 from slimming.stages.common import (
@@ -67,11 +67,11 @@ def prune(cfg: PruneConfig, out: Path) -> float:
             source, _ = load_source(cfg)
             print(_inspection(trace(source.model, _example(source))))
         return math.nan
-    if (out / PRUNED).exists():
-        raise ConfigError(f"{out} holds a pruned network already: give another hydra.run.dir")
     result = {"stage": "prune", "role": "pruned", "seed": cfg.seed}
     result |= {"parent": relative(cfg.checkpoint, out), "config": plain(cfg)}
     with recorded(out, result) as result:
+        if (out / PRUNED).exists():
+            raise RunDirectoryError(f"{out} holds a pruned network already: give another hydra.run.dir")
         result |= _prune(cfg, out)
     return result["metrics"].get("test/acc", math.nan)
 
