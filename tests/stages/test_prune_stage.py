@@ -304,6 +304,16 @@ def test_a_recorded_precision_is_not_run(sparse, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not built on a file's word alone"):
         prune(tmp_path / "evil.ckpt", tmp_path / "run", "ratio=0.5")
     assert not (tmp_path / "evil").exists()
+    prune(tmp_path / "evil.ckpt", tmp_path / "run", "ratio=0.5", "test=false", "trainer.precision=32-true")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_recorded_strategy_is_not_needed(sparse, tmp_path):
+    content = checkpoint.read(sparse)
+    content["slimming"]["config"]["trainer"] |= {"strategy": {"_target_": "my.Strategy"}, "precision": "64-true"}
+    checkpoint.save(content, tmp_path / "own.ckpt")
+    prune(tmp_path / "own.ckpt", tmp_path / "run", "ratio=0.5", "test=false")
+    assert result(tmp_path / "run")["latency_ms"]["precision"] == "64-true"
 
 
 def test_a_pruned_network_is_not_overwritten(sparse, tmp_path):

@@ -18,7 +18,7 @@ from slimming.channels.graph import ChannelGraph, trace
 from slimming.channels.plan import PruningPlan
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
-from slimming.errors import ConfigError, DataError, RunDirectoryError
+from slimming.errors import CheckpointError, ConfigError, DataError, RunDirectoryError
 from slimming.files import write_text
 from slimming.report import figures
 from slimming.stages.common import (
@@ -171,10 +171,20 @@ def _example(source: Source) -> torch.Tensor:
 
 
 def _trainer(cfg: PruneConfig, source: Source) -> dict:
-    """Return the Trainer's values; the precision is the training's unless given."""
-    before = source.record["config"].get("trainer")
-    recorded_one = inherit("trainer", {}, before).get("precision") if before else None
-    return cfg.trainer | {"precision": cfg.trainer.get("precision") or recorded_one or "32-true"}
+    """Return the Trainer's values; the precision, and nothing else, is the training's unless given.
+
+    Raises:
+        CheckpointError: the recorded precision is not a plain value.
+    """
+    precision = cfg.trainer.get("precision")
+    if precision is None:
+        precision = (source.record["config"].get("trainer") or {}).get("precision") or "32-true"
+        if not isinstance(precision, str | int) or "$" in str(precision):  # OmegaConf would resolve it
+            raise CheckpointError(
+                f"the checkpoint's trainer.precision is {str(precision)[:200]}, which is not built on a file's word alone: "
+                "give trainer.precision=32-true or another"
+            )
+    return cfg.trainer | {"precision": precision}
 
 
 # --- what it gives ----------------------------------------------------------------------------------------------------
