@@ -168,8 +168,8 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[str, float]:
-    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]."""
+def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> tuple[dict[str, float], int]:
+    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]; and how many images were tested."""
     module = SlimmingModule(model, data.num_classes, optimizer=None)
     found: dict[str, float] = {}
     for results in (
@@ -177,7 +177,8 @@ def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[s
         trainer.validate(module, datamodule=data, verbose=False) if "val" in data.splits else [],
     ):
         found |= results[0] if results else {}
-    return {key: float(value) for key, value in found.items() if key.endswith("/acc")}
+    metrics = {key: float(value) for key, value in found.items() if key.endswith("/acc")}
+    return metrics, module.evaluated.get("test", 0)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -83,7 +83,12 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
     for group, node in groups.items():
         if not node.get("_target_"):
             raise ConfigError(f"{cfg.checkpoint} comes without a recipe: give {group}=<name of configs/{group}/>")
-    epochs = groups["trainer"]["max_epochs"]
+    epochs = groups["trainer"].get("max_epochs")
+    if epochs is None:
+        raise ConfigError(
+            "trainer.max_epochs is missing: a trainer that is given replaces the checkpoint's whole, and this one "
+            "(one_device is prune.py's) has none; give trainer=default trainer.max_epochs=<number>, or single values alone"
+        )
     groups["scheduler"] = fit_schedule(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
     seed = before.get("seed", 1) if cfg.seed is None else cfg.seed
     if cfg.data.get("seed") is None:

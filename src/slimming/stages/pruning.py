@@ -88,14 +88,17 @@ def _prune(cfg: PruneConfig, out: Path) -> dict[str, Any]:
     thin = surgery.prune(source.model, plan)
     thin_costs = try_model(thin, example)
     result: dict[str, Any] = {"model": source.label, "data": data_label(source.record["config"]["data"])}
-    result |= _describe(graph, plan, thin, cfg, costs, thin_costs)
+    result |= {"metrics": {}} | _describe(graph, plan, thin, cfg, costs, thin_costs)
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
     print(_table(result, plan))
     if not plan.keep:
         print("nothing is removed: no channel meets the criterion, or the guards put all back")
-    thin, result["metrics"] = _measure(cfg, source, thin, data, trainer)
-    if data:
-        result["n_test"] = len(data.splits["test"])
+    if cfg.test:
+        result["metrics"], result["n_test"] = _test_uncalibrated(source, thin, data, trainer)
+    if cfg.calibrate.batches:
+        thin = _calibrated(cfg, thin, data, trainer)
+    if cfg.test:
+        result["metrics"] |= _test_finally(cfg, thin, data, trainer, result["metrics"])
     if cfg.latency_batch:
         result["latency_ms"] = _latency(cfg.latency_batch, source, thin, example, trainer)
     source.record["parent"] = relative(cfg.checkpoint, out)
@@ -190,25 +193,37 @@ def _trainer(cfg: PruneConfig, source: Source) -> dict:
 # --- what it gives ----------------------------------------------------------------------------------------------------
 
 
-def _measure(cfg: PruneConfig, source: Source, thin: nn.Module, data: ImageData | None, trainer: pl.Trainer):
-    """Return the thin network, calibrated if asked, and the accuracies on the way."""
-    metrics: dict[str, float] = {}
-    if cfg.test:
-        for suffix, model in (("_before", source.model), ("_pruned", thin)):
-            metrics |= {key + suffix: value for key, value in accuracies(trainer, model, data).items()}
+def _test_uncalibrated(
+    source: Source, thin: nn.Module, data: ImageData, trainer: pl.Trainer
+) -> tuple[dict[str, float], int]:
+    """Return the accuracies of the dense and of the thin network, and on how many test images."""
+    metrics, count = {}, 0
+    for suffix, model in (("_before", source.model), ("_pruned", thin)):
+        found, count = accuracies(trainer, model, data)
+        metrics |= {key + suffix: value for key, value in found.items()}
+    return metrics, count
+
+
+def _calibrated(cfg: PruneConfig, thin: nn.Module, data: ImageData, trainer: pl.Trainer) -> nn.Module:
+    device = trainer.strategy.root_device
+    batches = (b.to(dtype_of(thin)) for b in data.training_batches(cfg.calibrate.batches, device))
+    with trainer.precision_plugin.forward_context():
+        return calibrate(thin.to(device), batches).cpu()
+
+
+def _test_finally(
+    cfg: PruneConfig, thin: nn.Module, data: ImageData, trainer: pl.Trainer, metrics: dict[str, float]
+) -> dict[str, float]:
+    """Return the accuracies of what is kept: measured again only if calibration has changed it."""
+    pruned = {k.removesuffix("_pruned"): v for k, v in metrics.items() if k.endswith("_pruned")}
+    final = accuracies(trainer, thin, data)[0] if cfg.calibrate.batches else pruned
+    if not final:  # limited to no test batch at all
+        return {}
+    path = [f"{metrics['test/acc_before']:.2%} before", f"{metrics['test/acc_pruned']:.2%} right after pruning"]
     if cfg.calibrate.batches:
-        device = trainer.strategy.root_device
-        batches = (b.to(dtype_of(thin)) for b in data.training_batches(cfg.calibrate.batches, device))
-        with trainer.precision_plugin.forward_context():
-            thin = calibrate(thin.to(device), batches).cpu()
-    if cfg.test:
-        metrics |= accuracies(trainer, thin, data)
-        path = [f"{metrics['test/acc_before']:.2%} before", f"{metrics['test/acc_pruned']:.2%} right after pruning"]
-        path += [f"{metrics['test/acc']:.2%} calibrated on {cfg.calibrate.batches} batches"] * bool(
-            cfg.calibrate.batches
-        )
-        print(f"test accuracy: {' -> '.join(path)}")
-    return thin, metrics
+        path.append(f"{final['test/acc']:.2%} calibrated on {cfg.calibrate.batches} batches")
+    print(f"test accuracy: {' -> '.join(path)}")
+    return final
 
 
 def _latency(batch: int, source: Source, thin: nn.Module, example: torch.Tensor, trainer: pl.Trainer) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         "history": recorder.history,
         "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
         "size_bytes": weight_bytes(module.model),
-        "n_test": len(data.splits["test"]),
+        "n_test": module.evaluated.get("test", 0),
     }
 
 
