@@ -25,7 +25,8 @@ from slimming.stages.common import (
     relative,
     try_model,
 )
-from slimming.stages.training import Network, fit, resume_point
+from slimming.stages.precision import settled
+from slimming.stages.training import LAST, Network, fit, resume_point
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
@@ -54,6 +55,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         content = checkpoint.read(cfg.checkpoint)
         record = content["slimming"]
         recipe = recipe_of(cfg, record)
+        recipe.trainer = settled(recipe.trainer, out / LAST)
         result["seed"] = recipe.seed
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)

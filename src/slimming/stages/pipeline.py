@@ -24,10 +24,11 @@ from slimming.errors import RunDirectoryError
 from slimming.folders import LOCK, claimed
 from slimming.stages.common import config_differences, finished, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
+from slimming.stages.precision import settled
 from slimming.stages.pruning import PRUNED, prune
 from slimming.stages.reporting import report
 from slimming.stages.running import run
-from slimming.stages.training import train
+from slimming.stages.training import LAST, train
 
 
 def slim(cfg: SlimConfig, out: Path) -> float:
@@ -47,6 +48,8 @@ def slim(cfg: SlimConfig, out: Path) -> float:
 
 
 def _slim(cfg: SlimConfig, out: Path) -> float:
+    begun = (out / name / LAST for name in ("baseline", "sparse"))
+    cfg = dataclasses.replace(cfg, trainer=settled(cfg.trainer, *begun))  # one precision for all stages
     recipe = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
     if cfg.baseline:
         _stage(train, TrainConfig(**recipe | {"sparsity": 0.0}), out / "baseline")
@@ -66,7 +69,7 @@ def _slim(cfg: SlimConfig, out: Path) -> float:
 
 def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Path]:
     """Prune and fine-tune folder/sparse at one ratio; return the accuracy and the checkpoint that is left."""
-    sparse, place = folder / "sparse" / "last.ckpt", folder / _name(cfg, ratio)
+    sparse, place = folder / "sparse" / LAST, folder / _name(cfg, ratio)
     options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
     devices = cfg.trainer.get("devices")
     one_device = {"_target_": "lightning.pytorch.Trainer", "devices": devices[:1] if isinstance(devices, list) else 1}
@@ -84,7 +87,7 @@ def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Pa
     accuracy = _stage(finetune, tuning, place / "finetuned")
     if cfg.finetune.scratch:
         _stage(finetune, _tuning(cfg, thin, init="scratch"), place / "scratch")
-    return accuracy, place / "finetuned" / "last.ckpt"
+    return accuracy, place / "finetuned" / LAST
 
 
 def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
@@ -130,7 +133,7 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
         with claimed(folder):
             _clear(folder)  # the leftovers of an interrupted pruning
             return prune(cfg, folder)
-    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)
+    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / LAST).exists()), folder)
 
 
 def _clear(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slimming.channels.graph import ChannelGraph, trace
 from slimming.channels.plan import PruningPlan
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
-from slimming.errors import CheckpointError, ConfigError, DataError, RunDirectoryError
+from slimming.errors import ConfigError, DataError, RunDirectoryError
 from slimming.files import write_text
 from slimming.report import figures
 from slimming.stages.common import (
@@ -36,6 +36,7 @@ from slimming.stages.common import (
     try_model,
     weight_bytes,
 )
+from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
@@ -70,6 +71,8 @@ def prune(cfg: PruneConfig, out: Path) -> float:
     result = {"stage": "prune", "role": "pruned", "seed": cfg.seed}
     result |= {"parent": relative(cfg.checkpoint, out), "config": plain(cfg)}
     with recorded(out, result) as result:
+        cfg = replace(cfg, trainer=settled(cfg.trainer))
+        result["config"] = plain(cfg)
         if (out / PRUNED).exists():
             raise RunDirectoryError(f"{out} holds a pruned network already: give another hydra.run.dir")
         result |= _prune(cfg, out)
@@ -90,6 +93,8 @@ def _prune(cfg: PruneConfig, out: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"model": source.label, "data": data_label(source.record["config"]["data"])}
     result |= {"metrics": {}} | _describe(graph, plan, thin, cfg, costs, thin_costs)
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
+    if cfg.test or cfg.calibrate.batches:
+        warn_of_emulation(print, trainer)
     print(_table(result, plan))
     if not plan.keep:
         print("nothing is removed: no channel meets the criterion, or the guards put all back")
@@ -174,19 +179,10 @@ def _example(source: Source) -> torch.Tensor:
 
 
 def _trainer(cfg: PruneConfig, source: Source) -> dict:
-    """Return the Trainer's values; the precision, and nothing else, is the training's unless given.
-
-    Raises:
-        CheckpointError: the recorded precision is not a plain value.
-    """
+    """Return the Trainer's values; the precision, and nothing else, is the training's unless given."""
     precision = cfg.trainer.get("precision")
     if precision is None:
-        precision = (source.record["config"].get("trainer") or {}).get("precision") or "32-true"
-        if not isinstance(precision, str | int) or "$" in str(precision):  # OmegaConf would resolve it
-            raise CheckpointError(
-                f"the checkpoint's trainer.precision is {str(precision)[:200]}, which is not built on a file's word alone: "
-                "give trainer.precision=32-true or another"
-            )
+        precision = of_record(source.record)
     return cfg.trainer | {"precision": precision}
 
 

@@ -1,6 +1,7 @@
 """Running a training in as many processes as it has devices on this machine."""
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from slimming.folders import claimed, joined
 from slimming.ranks import started_externally
 from slimming.stages.common import build, cause, finished, inherit, quiet, record_failure
 from slimming.stages.finetuning import finetune
-from slimming.stages.training import train
+from slimming.stages.precision import AUTO, settled
+from slimming.stages.training import LAST, train
 from slimming.training import launcher
 
 DISTRIBUTED: dict[str, Callable[[Any, Path], float]] = {"train": train, "finetune": finetune}
@@ -36,6 +38,9 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
         with _failure_recorded(out, stage):
             processes = 1 if started_externally() else _processes(_trainer(cfg))
             if processes > 1:
+                if cfg.trainer.get("precision") == AUTO:  # once, for all ranks
+                    given = settled(_trainer(cfg), out / LAST)["precision"]
+                    cfg = dataclasses.replace(cfg, trainer=cfg.trainer | {"precision": given})
                 job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
                 launcher.spawn(job, processes)
         if processes == 1:

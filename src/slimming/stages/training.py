@@ -18,6 +18,7 @@ from slimming.data import ImageData
 from slimming.errors import ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
 from slimming.report import figures
+from slimming.stages import precision
 from slimming.stages.common import (
     build,
     build_data,
@@ -36,6 +37,8 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+
+LAST = "last.ckpt"
 
 
 @dataclass
@@ -69,7 +72,7 @@ def train(cfg: TrainConfig, out: Path) -> float:
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
     with recorded(out, result) as result:
-        cfg = replace(cfg, data=normalised(cfg))
+        cfg = replace(cfg, data=normalised(cfg), trainer=precision.settled(cfg.trainer, out / LAST))
         result["config"] = plain(cfg)
         start = resume_point(cfg.resume, result["config"], out)
         torch.manual_seed(cfg.seed)
@@ -122,6 +125,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         )
     recorder = Recorder(out)
     trainer = _trainer(cfg, out, recorder)
+    if start:
+        precision.check_kept(trainer, cfg.trainer.get("precision"))
     _meet(trainer, data)
     if cfg.sync_batchnorm:
         network.model = module.model = _synchronised(model, trainer)
@@ -132,14 +137,14 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     say(f"  run directory: {out}")
     _tell_budget(say, cfg.sparsity, sum(rates) * _steps_per_epoch(data, trainer), momentum, gammas)
-    _tell_precision(say, trainer)
+    precision.tell(say, trainer)
     if start:
         say(f"  resuming after epoch {start['epoch'] + 1} of {trainer.max_epochs}")
     elif cfg.resume:
         say("  nothing to resume in the run directory yet: starting from the beginning")
     if cfg.compile:
         module.model.compile()  # in place: the checkpoint's keys stay the network's own
-    trainer.fit(module, datamodule=data, ckpt_path=out / "last.ckpt" if start else None, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=out / LAST if start else None, weights_only=True)
     metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
     tested = trainer.test(module, datamodule=data, verbose=False)
     metrics |= {k: float(v) for k, v in (tested[0] if tested else {}).items() if k == "test/acc"}  # not if limited to 0
@@ -174,6 +179,7 @@ def _meet(trainer: pl.Trainer, data: ImageData) -> None:
             f"data.batch_size={data.batch_size} must be a multiple of the {trainer.world_size} devices: it is shared out"
         )
     trainer.strategy.setup_environment()
+    precision.check_agreed(trainer)
     if trainer.local_rank == 0:
         data.prepare_data()
     trainer.strategy.barrier()
@@ -235,7 +241,7 @@ def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
         RunDirectoryError: there is a run, and `resume` is false or it has another configuration.
         CheckpointError: unreadable.
     """
-    path = out / "last.ckpt"
+    path = out / LAST
     if not path.exists():
         return None
     if not resume:
@@ -270,15 +276,3 @@ def _tell_budget(say, sparsity: float, lr_sum: float, momentum: float | None, ga
     if budget < start:
         say(f"  WARNING: {budget:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
         say(f"  Train longer, or raise sparsity to {sparsity * start / budget:.1e} or more")
-
-
-def _tell_precision(say, trainer: pl.Trainer) -> None:
-    if trainer.precision != "32-true":
-        return
-    if trainer.strategy.root_device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16"))
-    if native:
-        say("  hint: this machine has native bf16; trainer.precision=bf16-mixed would be faster")
