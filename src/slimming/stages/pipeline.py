@@ -20,14 +20,16 @@ from slimming.config import (
     ratios,
     tag,
 )
-from slimming.errors import CheckpointError
+from slimming.errors import RunDirectoryError
+from slimming.folders import LOCK, claimed
 from slimming.records import config_differences
 from slimming.stages.common import finished, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
+from slimming.stages.precision import settled
 from slimming.stages.pruning import PRUNED, prune
 from slimming.stages.reporting import report
 from slimming.stages.running import run
-from slimming.stages.training import train
+from slimming.stages.training import LAST, train
 
 
 def slim(cfg: SlimConfig, out: Path) -> float:
@@ -42,7 +44,13 @@ def slim(cfg: SlimConfig, out: Path) -> float:
     Raises:
         SlimmingError: of the stages; or `out` holds a stage of another configuration.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out):
+        return _slim(cfg, out)
+
+
+def _slim(cfg: SlimConfig, out: Path) -> float:
+    begun = (out / name / LAST for name in ("baseline", "sparse"))
+    cfg = dataclasses.replace(cfg, trainer=settled(cfg.trainer, *begun))  # one precision for all stages
     recipe = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
     if cfg.baseline:
         _stage(train, TrainConfig(**recipe | {"sparsity": 0.0}), out / "baseline")
@@ -62,7 +70,7 @@ def slim(cfg: SlimConfig, out: Path) -> float:
 
 def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Path]:
     """Prune and fine-tune folder/sparse at one ratio; return the accuracy and the checkpoint that is left."""
-    sparse, place = folder / "sparse" / "last.ckpt", folder / _name(cfg, ratio)
+    sparse, place = folder / "sparse" / LAST, folder / _name(cfg, ratio)
     options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
     devices = cfg.trainer.get("devices")
     one_device = {"_target_": "lightning.pytorch.Trainer", "devices": devices[:1] if isinstance(devices, list) else 1}
@@ -80,7 +88,7 @@ def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Pa
     accuracy = _stage(finetune, tuning, place / "finetuned")
     if cfg.finetune.scratch:
         _stage(finetune, _tuning(cfg, thin, init="scratch"), place / "scratch")
-    return accuracy, place / "finetuned" / "last.ckpt"
+    return accuracy, place / "finetuned" / LAST
 
 
 def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
@@ -110,12 +118,12 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
     """Run a stage unless it is finished there; go on with one that was interrupted.
 
     Raises:
-        CheckpointError: the folder holds the stage with another configuration.
+        RunDirectoryError: the folder holds the stage with another configuration.
     """
     done = finished(folder)
     if done:
         if differences := config_differences(done.get("asked", done["config"]), plain(cfg)):
-            raise CheckpointError(
+            raise RunDirectoryError(
                 f"{folder} holds a finished run of another configuration: {differences}. "
                 "Give the same values to go on, or another hydra.run.dir"
             )
@@ -123,6 +131,16 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
         return done["metrics"].get("test/acc", math.nan)
     print(f"\n=== {folder}")
     if stage is prune:
-        shutil.rmtree(folder, ignore_errors=True)  # the leftovers of an interrupted pruning
-        return prune(cfg, folder)
-    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)
+        with claimed(folder):
+            _clear(folder)  # the leftovers of an interrupted pruning
+            return prune(cfg, folder)
+    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / LAST).exists()), folder)
+
+
+def _clear(folder: Path) -> None:
+    """Empty a folder that is claimed."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink()

@@ -15,10 +15,11 @@ from slimming.channels.layers import synchronise
 from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
-from slimming.errors import CheckpointError, ConfigError
+from slimming.errors import ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
 from slimming.records import config_differences
 from slimming.report import figures
+from slimming.stages import precision
 from slimming.stages.common import (
     build,
     build_data,
@@ -37,6 +38,8 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+
+LAST = "last.ckpt"
 
 
 @dataclass
@@ -67,11 +70,12 @@ def train(cfg: TrainConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
-    cfg = replace(cfg, data=normalised(cfg))
-    start = resume_point(cfg.resume, plain(cfg), out)
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
     with recorded(out, result) as result:
+        cfg = replace(cfg, data=normalised(cfg), trainer=precision.settled(cfg.trainer, out / LAST))
+        result["config"] = plain(cfg)
+        start = resume_point(cfg.resume, result["config"], out)
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
         heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -122,6 +126,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         )
     recorder = Recorder(out)
     trainer = _trainer(cfg, out, recorder)
+    if start:
+        precision.check_kept(trainer, cfg.trainer.get("precision"))
     _meet(trainer, data)
     if cfg.sync_batchnorm:
         network.model = module.model = _synchronised(model, trainer)
@@ -133,14 +139,14 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     say(f"  run directory: {out}")
     _tell_budget(say, cfg.sparsity, sum(rates) * _steps_per_epoch(data, trainer), momentum, gammas)
-    _tell_precision(say, trainer)
+    precision.tell(say, trainer)
     if start:
         say(f"  resuming after epoch {start['epoch'] + 1} of {trainer.max_epochs}")
     elif cfg.resume:
         say("  nothing to resume in the run directory yet: starting from the beginning")
     if cfg.compile:
         module.model.compile()  # in place: the checkpoint's keys stay the network's own
-    trainer.fit(module, datamodule=data, ckpt_path=out / "last.ckpt" if start else None, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=out / LAST if start else None, weights_only=True)
     metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
     tested = trainer.test(module, datamodule=data, verbose=False)
     metrics |= {k: float(v) for k, v in (tested[0] if tested else {}).items() if k == "test/acc"}  # not if limited to 0
@@ -164,7 +170,7 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         "history": recorder.history,
         "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
         "size_bytes": weight_bytes(module.model),
-        "n_test": len(data.splits["test"]),
+        "n_test": module.evaluated.get("test", 0),
     }
 
 
@@ -175,6 +181,7 @@ def _meet(trainer: pl.Trainer, data: ImageData) -> None:
             f"data.batch_size={data.batch_size} must be a multiple of the {trainer.world_size} devices: it is shared out"
         )
     trainer.strategy.setup_environment()
+    precision.check_agreed(trainer)
     if trainer.local_rank == 0:
         data.prepare_data()
     trainer.strategy.barrier()
@@ -233,17 +240,19 @@ def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
     """Return the content of out/last.ckpt to go on from, None if there is none yet.
 
     Raises:
-        ConfigError: there is a run, and `resume` is false.
-        CheckpointError: unreadable, or of a run with another configuration.
+        RunDirectoryError: there is a run, and `resume` is false or it has another configuration.
+        CheckpointError: unreadable.
     """
-    path = out / "last.ckpt"
+    path = out / LAST
     if not path.exists():
         return None
     if not resume:
-        raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
+        raise RunDirectoryError(
+            f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir"
+        )
     content = checkpoint.read(path)
     if differences := config_differences(content["slimming"]["config"], config):
-        raise CheckpointError(
+        raise RunDirectoryError(
             f"{out} holds a run with another configuration: {differences}. "
             "Give the same values to resume it, or start another run with init_from"
         )
@@ -269,15 +278,3 @@ def _tell_budget(say, sparsity: float, lr_sum: float, momentum: float | None, ga
     if budget < start:
         say(f"  WARNING: {budget:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
         say(f"  Train longer, or raise sparsity to {sparsity * start / budget:.1e} or more")
-
-
-def _tell_precision(say, trainer: pl.Trainer) -> None:
-    if trainer.precision != "32-true":
-        return
-    if trainer.strategy.root_device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16"))
-    if native:
-        say("  hint: this machine has native bf16; trainer.precision=bf16-mixed would be faster")
