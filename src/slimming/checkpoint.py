@@ -99,7 +99,7 @@ def rebuild(content: dict, path: str | os.PathLike, model: nn.Module | None = No
 
 
 def architecture(record: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """Build the network that a record describes, its plans applied, with fresh weights (or sliced ones of `model`)."""
+    """Build the network that a record describes, its plans applied; its weights are slices (see `models.redraw`)."""
     if model is None:
         from slimming import models
 

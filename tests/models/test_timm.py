@@ -43,6 +43,17 @@ def test_a_pruned_one_is_rebuilt_from_its_checkpoint(tmp_path):
     assert torch.equal(slimming.load(tmp_path / "pruned.ckpt")(example), thin.eval()(example))
 
 
+def test_fresh_weights_of_a_pruned_one_are_timms_own_at_its_widths():
+    arguments = {"name": "resnet10t", "num_classes": 7, "in_channels": 1, "gamma_init": 0.5}
+    model = models.build("timm", **arguments).eval()
+    plan = slimming.trace(model, torch.randn(1, 1, 64, 64)).plan(slimming.GlobalRatio(0.5), score="random")
+    thin = models.redraw(slimming.prune(model, plan), models.spec("timm", arguments | {"weights": "DEFAULT"}))
+    for module in (m for m in thin.modules() if isinstance(m, nn.Conv2d)):  # kaiming_normal_, fan_out
+        expected = (2 / (module.weight[0, 0].numel() * module.out_channels)) ** 0.5
+        assert abs(module.weight.std() / expected - 1) < 5 * (2 * module.weight.numel()) ** -0.5
+    assert all((m.weight == 0.5).all() for m in thin.modules() if isinstance(m, nn.BatchNorm2d))
+
+
 def test_weights_come_from_a_file(tmp_path):
     model = models.build("timm", name="test_resnet", num_classes=5)
     torch.save(model.state_dict(), tmp_path / "weights.pt")

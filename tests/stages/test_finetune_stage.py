@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import slimming
 from conftest import ROOT, SMALL, compose_config
 from slimming import checkpoint, models, stages
+from slimming.data.sampler import mix
 from slimming.errors import CheckpointError, ConfigError
 from slimming.stages import finetuning
 from slimming.training.distillation import DistillingModule
@@ -95,6 +96,53 @@ def test_fine_tuning_starts_from_the_calibrated_weights_and_scratch_from_none(fo
     assert result(tmp_path / "b")["role"] == "scratch"
     indices = [[m.select for m in net.modules() if hasattr(m, "select")] for net in (trained, fresh)]
     assert len(indices[0]) == len(indices[1])
+
+
+def test_scratch_begins_as_a_network_built_at_the_thin_widths(folder, tmp_path):
+    finetune(
+        folder / "pruned/pruned.ckpt",
+        tmp_path,
+        *SHORT,
+        "optimizer.lr=1e-12",
+        "optimizer.weight_decay=0",
+        "init=scratch",
+    )
+    torch.manual_seed(mix(3, finetuning.SCRATCH))
+    fresh = models.vgg(widths=result(folder / "pruned")["widths"], in_channels=1)
+    scratch = slimming.load(tmp_path / "last.ckpt")
+    torch.testing.assert_close(dict(scratch.named_parameters()), dict(fresh.named_parameters()))
+
+
+class Pretrained(torch.nn.Sequential):
+    """Not registered, and comes trained: all its weights are 9."""
+
+    def __init__(self, width: int = 6, raw: bool = False, num_classes: int = 10, in_channels: int = 1):
+        layers = [torch.nn.Conv2d(in_channels, width, 3, bias=False), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, num_classes)]
+        super().__init__(*layers, *head)
+        if raw:
+            self.temperature = torch.nn.Parameter(torch.ones(()))
+        for parameter in self.parameters():
+            torch.nn.init.constant_(parameter, 9)
+
+    def forward(self, x):
+        return super().forward(x) / getattr(self, "temperature", 9)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_network_that_comes_pretrained_does_not_start_pretrained(raw, tmp_path):
+    cfg = compose_config(*[o for o in SMALL if not o.startswith("model")], "trainer.max_epochs=1", "optimizer.lr=1e-12")
+    cfg.model = {"_target_": "test_finetune_stage.Pretrained", "raw": raw}
+    cfg.optimizer["weight_decay"] = 0
+    stages.train(cfg, tmp_path / "a")
+    own = ("model._target_=test_finetune_stage.Pretrained", f"+model.raw={raw}")
+    if raw:
+        with pytest.raises(ConfigError, match=r"nothing draws the parameter temperature: give its Pretrained a method"):
+            finetune(tmp_path / "a/last.ckpt", tmp_path / "b", *own, "init=scratch")
+        return
+    finetune(tmp_path / "a/last.ckpt", tmp_path / "b", *own, "init=scratch")
+    before, after = (slimming.load(tmp_path / name / "last.ckpt", model=Pretrained()) for name in "ab")
+    assert float(before[0].weight.min()) > 8.9 and float(after[0].weight.abs().max()) < 0.34  # sqrt(1 / 9)
 
 
 def test_epochs_by_compute(folder, tmp_path, capsys):

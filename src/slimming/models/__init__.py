@@ -11,6 +11,7 @@ from torch import nn
 from slimming.errors import ConfigError
 from slimming.models.convnet import convnet
 from slimming.models.densenet import densenet
+from slimming.models.fresh import redraw_as_built, redraw_layer_by_layer
 from slimming.models.mlp import mlp
 from slimming.models.preresnet import preresnet
 from slimming.models.timm_zoo import normalisation as timm_normalisation
@@ -40,6 +41,26 @@ def spec(name: str, arguments: dict) -> dict:
         normalises = {"transform_input": True} if name == "torchvision" and arguments["name"] in NORMALISING else {}
         arguments = arguments | {"weights": None} | normalises
     return {"name": name, "arguments": arguments}
+
+
+def redraw(model: nn.Module, registered: dict | None) -> nn.Module:
+    """Draw fresh weights for the widths that a (pruned) network has now, in place, and return it.
+
+    A registered network gets what its factory draws for layers of these widths: of one seed, the very weights of
+    `vgg(widths=...)`. Of any other, every layer's `reset_parameters` runs.
+
+    Args:
+        registered: {name, arguments} that rebuild the network before it was pruned; None for one that is not registered.
+
+    Raises:
+        ConfigError: a parameter that nothing draws.
+    """
+    if registered is None:
+        redraw_layer_by_layer(model)
+    else:
+        fresh = spec(**registered)  # without the weights that it may have started from
+        redraw_as_built(model, lambda: build(fresh["name"], **fresh["arguments"]))
+    return model
 
 
 def normalisation(name: str, arguments: dict) -> dict[str, list[float]]:

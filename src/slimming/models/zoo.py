@@ -86,16 +86,12 @@ def _fit_head(model: nn.Module, num_classes: int) -> None:
 
 
 def _fit_stem(model: nn.Module, in_channels: int) -> None:
-    name, stem = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     if stem.in_channels == in_channels:
         return
     if getattr(model, "transform_input", False):
         model.transform_input = False  # GoogLeNet and Inception with weights: arithmetic on three colours
-    new = nn.Conv2d(
-        in_channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
-    )
     with torch.no_grad():  # the same response to a grey image as the colour network has
-        new.weight.copy_(stem.weight.sum(1, keepdim=True).div(in_channels).expand_as(new.weight))
-        if stem.bias is not None:
-            new.bias.copy_(stem.bias)
-    _replace(model, name, new)
+        grey = stem.weight.sum(1, keepdim=True).div(in_channels)
+    stem.weight = nn.Parameter(grey.repeat(1, in_channels, 1, 1))
+    stem.in_channels = in_channels

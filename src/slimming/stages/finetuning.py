@@ -14,12 +14,14 @@ from slimming.config import FinetuneConfig, TrainConfig, plain
 from slimming.data import ImageData
 from slimming.data.sampler import mix
 from slimming.errors import ConfigError
+from slimming.models import redraw
 from slimming.stages.common import (
     build,
     build_data,
     dtype_of,
     example_of,
     inherit,
+    model_spec,
     rank_zero,
     recorded,
     relative,
@@ -132,12 +134,12 @@ def _network(cfg: FinetuneConfig, recipe: TrainConfig, content: dict, data: Imag
                 f"({plan['train_reason']}), so layers that only run there were not resized; prune it by the library with "
                 "slimming.trace(..., train_input=...)"
             )
-    if cfg.init == "scratch":
-        # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
-        torch.manual_seed(mix(recipe.seed, SCRATCH))
     dense = _own(cfg, data)
     if cfg.init == "scratch":
         model = checkpoint.architecture(record, cfg.checkpoint, dense)
+        # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
+        torch.manual_seed(mix(recipe.seed, SCRATCH))
+        redraw(model, record["model"] if dense is None else model_spec(cfg.model, heads))
     else:
         model = checkpoint.rebuild(content, cfg.checkpoint, dense)
     network = Network(model.train(), record["model"], record["plans"])
