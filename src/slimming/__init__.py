@@ -23,7 +23,7 @@ _HOME = {
     "mask": "channels.surgery",
     "prune": "channels.surgery",
     "prune_optimizer_state": "channels.surgery",
-    "trace": "channels.graph",
+    "trace": "channels.trace",
 }
 __all__ = sorted(_HOME)
 

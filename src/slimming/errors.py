@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 
 class SlimmingError(ValueError):
@@ -52,6 +54,14 @@ def check_choice(key: str, value, allowed) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def check_patterns(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
+    """Raise ConfigError unless every shell pattern matches one of `names`, which are of layers of a `kind`."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"{key}: {pattern!r} matches no {kind}; there are {', '.join(names[:8]) or 'none'}")
 
 
 class GraphError(SlimmingError):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from slimming import checkpoint
 from slimming.channels.criteria import Choice, Criterion
-from slimming.channels.graph import trace
 from slimming.channels.surgery import prune
+from slimming.channels.trace import trace
 from slimming.errors import CheckpointError
 
 SELECT = "select.indexes"

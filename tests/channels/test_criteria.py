@@ -1,6 +1,7 @@
 """Criteria, guards and scores, on closed forms."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_the_number_removed_is_the_floor(ratio):
 
 def test_equal_scores_go_in_order():
     assert kept(chain([1.0] * 4, [1.0] * 4), slimming.GlobalRatio(0.25))[0] == [[2, 3], [0, 1, 2, 3]]
+
+
+def test_what_is_ignored_must_be_there():
+    model = nn.Sequential(chain(A, B, A), nn.BatchNorm1d(2, affine=False))
+    whole = [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert kept(model, slimming.GlobalRatio(0.5), ignore=["0.[14]", "1"])[0][:2] == whole  # 1 has no scales
+    for wrong in (["0.0"], ["0.1", "layer1.*"]):
+        words = f"ignore: '{re.escape(wrong[-1])}' matches no BatchNorm; there are 0.1, "
+        with pytest.raises(ConfigError, match=words):
+            kept(model, slimming.GlobalRatio(0.5), ignore=wrong)
 
 
 def test_the_reference_convention():

@@ -212,6 +212,29 @@ def test_images_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatc
     assert ready(ImageFolder(root=str(root), batch_size=2)).splits["train"].images[0, :, 0, 0].tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("val_size", [0, 0.25])
+def test_pixels_are_measured_once(val_size, tmp_path, monkeypatch):
+    """Mean and deviation are those of the training images without the held out ones, and lie with the decoded images."""
+    root = str(fill(tmp_path / "images"))
+    first = ready(ImageFolder(root=root, batch_size=2, val_size=val_size))
+    x = first.splits["train"].images.double() / 255
+    assert len(x) == 12 - 12 * val_size
+    assert first.mean == pytest.approx(x.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert first.std == pytest.approx(x.var((0, 2, 3), correction=0).sqrt().tolist(), rel=1e-12)
+    monkeypatch.setattr("slimming.data.image_folder._moments", lambda *a: pytest.fail("measured twice"))
+    first.setup("test")
+    again = ready(ImageFolder(root=root, batch_size=2, val_size=val_size))
+    assert (again.mean, again.std) == (first.mean, first.std)
+
+
+def test_a_cache_of_images_alone_is_made_again(tmp_path):
+    root = str(fill(tmp_path / "images"))
+    data = ready(ImageFolder(root=root, batch_size=2))
+    old = {k: v for k, v in torch.load(data._cache("train"), weights_only=True).items() if k in ("images", "labels")}
+    torch.save(old, data._cache("train"))
+    assert ready(ImageFolder(root=root, batch_size=2)).mean == data.mean
+
+
 def test_a_damaged_cache_is_made_again(tmp_path):
     root = str(fill(tmp_path / "images"))
     data = ready(ImageFolder(root=root, batch_size=2))

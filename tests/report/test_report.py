@@ -160,6 +160,15 @@ def test_only_repetitions_of_one_experiment_are_averaged(tmp_path):
     }
 
 
+def test_what_does_not_matter_to_the_result_makes_no_other_experiment(tmp_path):
+    for seed, bar, workers, size in ((1, True, 0, 256), (2, False, 4, 256), (3, True, None, 64)):
+        config = {"sparsity": 1e-4, "seed": seed, "trainer": {"enable_progress_bar": bar, "profiler": None}}
+        config["data"] = {"seed": seed, "num_workers": workers, "eval_batch_size": size}
+        write(tmp_path, f"run{seed}", trained("sparse", seed, 0.6 + 0.1 * seed, config=config))
+    report(ReportConfig(runs=str(tmp_path)))
+    assert [r["test accuracy (%)"] for r in table_of(tmp_path, ": stages")] == ["80.00 ± 10.00 (n=3)"]
+
+
 def test_other_data_and_unknown_origins_are_no_repetitions(tmp_path):
     for name, seed, root in (("a", 1, "/x/cats"), ("b", 2, "/y/cats"), ("c", 3, "/x/dogs")):
         config = {"sparsity": 1e-4, "seed": seed, "data": {"root": root, "seed": seed}}

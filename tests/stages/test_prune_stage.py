@@ -202,6 +202,30 @@ def test_a_network_of_ones_own_class(tmp_path):
     assert thin(torch.zeros(1, 1, 8, 8)).shape == (1, 10) and result(tmp_path / "b")["widths"] == [3]
 
 
+def test_what_multiplies_and_is_not_counted_is_told(tmp_path, capsys):
+    cfg = compose_config(*[o for o in SMALL if not o.startswith("model")], "trainer.max_epochs=1")
+    cfg.model = {"_target_": "test_prune_stage.distances", "width": 6}
+    stages.train(cfg, tmp_path / "train")
+    own = ("model._target_=test_prune_stage.distances", "+model.width=6")
+    prune(tmp_path / "train/last.ckpt", tmp_path / "b", "ratio=0.5", "test=false", *own)
+    assert capsys.readouterr().out.count(" (not counted: cdist)\n") == 2
+    records = [
+        result(tmp_path / "train")["cost"],
+        result(tmp_path / "b")["cost"],
+        result(tmp_path / "b")["cost_before"],
+    ]
+    assert [r["uncounted"] for r in records] == [["cdist"]] * 3
+
+
+class Distances(torch.nn.Module):
+    def forward(self, x):  # (N, C) -> (N, C), by the distance of every item to the first
+        return x + torch.cdist(x, x[:1])
+
+
+def distances(width: int, **heads):
+    return torch.nn.Sequential(*own_network(width, **heads), Distances())
+
+
 def own_network(width: int, num_classes: int = 10, in_channels: int = 1):
     """Not registered in slimming.models."""
     layers = [torch.nn.Conv2d(in_channels, width, 3, bias=False), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]

@@ -157,6 +157,17 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(small, tmp_path):
     assert (tmp_path / "result.json").read_bytes() == before
 
 
+def test_what_does_not_matter_to_the_result_may_change_between_a_run_and_its_resume(small, tmp_path):
+    stages.train(small("sparsity=0"), tmp_path / "dense")
+    start = f"init_from={tmp_path}/dense/last.ckpt"
+    with pytest.raises(SystemExit):
+        stages.train(small(start, "+callbacks.stop={_target_: test_train_stage.Stop, epoch: 1}"), tmp_path / "run")
+    other = ("trainer.enable_progress_bar=true", "data.eval_batch_size=64", "trainer.profiler=simple")
+    stages.train(small("resume=true", *other), tmp_path / "run")
+    stages.train(small(start), tmp_path / "straight")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
 def test_validation_data_give_a_best_checkpoint(small, tmp_path):
     stages.train(small("data.val_size=100"), tmp_path)
     metrics, history = result(tmp_path)["metrics"], result(tmp_path)["history"]

@@ -1,21 +1,20 @@
 """Parameters, multiply-accumulates and activations of a network, counted from the operators that really run.
 
-Convention: MACs of convolutions, transposed convolutions and matrix products; BatchNorm, activations, pooling and
-additions count nothing. FLOPs = 2 * MACs.
+What counts as a MAC is said in macs.py; FLOPs = 2 * MACs.
 """
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+from slimming.channels.macs import macs_of, tensors, title
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Cost:
             nothing.
         layers: macs by the name of the layer whose weight is used; "" for products of activations.
         layer_params: parameters that each module holds itself, by its name.
+        uncounted: operators that multiply tensors but whose MACs are not known, with the layer whose weight they use.
     """
 
     num_params: int
@@ -36,55 +36,46 @@ class Cost:
     activation_bytes: int = 0
     layers: dict[str, int] = field(default_factory=dict)
     layer_params: dict[str, int] = field(default_factory=dict)
+    uncounted: list[str] = field(default_factory=list)
 
     @property
     def flops(self) -> int:
         return 2 * self.macs
 
+    def record(self) -> dict[str, Any]:
+        """Return what result.json says of it: num_params, macs and, if anything is, what is uncounted."""
+        known = {"num_params": self.num_params, "macs": self.macs}
+        return known | ({"uncounted": self.uncounted} if self.uncounted else {})
+
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, names: dict[int, str]):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.names = names
+        self.names = {_place(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
         self.layers: dict[str, int] = {}
+        self.uncounted: dict[str, None] = {}
         self.written: dict[int, torch.UntypedStorage] = {}  # kept alive: no address serves twice
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.written.setdefault(storage.data_ptr(), storage)
-        if count := macs_of(func, args, out):
-            operands = [a for a in args if isinstance(a, torch.Tensor)]
-            name = next((self.names[a.data_ptr()] for a in operands if a.data_ptr() in self.names), "")
-            self.layers[name] = self.layers.get(name, 0) + count
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            self.written.setdefault(storage._cdata, storage)
+        count = macs_of(func, args, kwargs, out)
+        if count != 0:
+            places = map(_place, tensors((args, kwargs)))
+            name = next((self.names[place] for place in places if place in self.names), "")
+            if count is None:
+                self.uncounted[f"{title(func)} in {name}" if name else title(func)] = None
+            else:
+                self.layers[name] = self.layers.get(name, 0) + count
         return out
 
 
-def macs_of(func, args: tuple, out) -> int:
-    """Return the multiply-accumulates of one operator call, 0 for what does not multiply."""
-    packet, operands = func._overloadpacket, [a for a in args if isinstance(a, torch.Tensor)]
-    if packet in _CONVOLUTIONS:
-        data, weight = operands[:2]
-        transposed = (packet is aten.convolution and args[6]) or packet in _TRANSPOSED
-        positions = math.prod((data if transposed else out).shape[2:]) * data.shape[0]
-        return positions * weight.numel()
-    if packet is aten.linear:
-        return operands[0].numel() * operands[1].shape[0]
-    if packet in (aten.mm, aten.bmm, aten.matmul):
-        return out.numel() * operands[0].shape[-1]
-    if packet in (aten.addmm, aten.baddbmm):
-        return out.numel() * operands[1].shape[-1]
-    if packet is aten.scaled_dot_product_attention:
-        query, _, value = operands[:3]
-        keys = operands[1].shape[-2]
-        return query.numel() * keys + query[..., 0].numel() * keys * value.shape[-1]
-    return 0
-
-
-_TRANSPOSED = {aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d}
-_CONVOLUTIONS = {aten.convolution, aten.conv1d, aten.conv2d, aten.conv3d} | _TRANSPOSED
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's elements begin: on the meta device, too, which has no addresses."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def cost(model: nn.Module, example: torch.Tensor) -> Cost:
@@ -95,12 +86,11 @@ def cost(model: nn.Module, example: torch.Tensor) -> Cost:
         example: (N, ...) an input; MACs are per item of its first axis.
     """
     model = copy.deepcopy(model).eval()
-    names = {p.data_ptr(): n.rpartition(".")[0] for n, p in model.named_parameters()}
-    counter = _Counter(names)
+    counter = _Counter(model)
     with torch.inference_mode(), counter:
         model(example)
     layers = {name: count // len(example) for name, count in counter.layers.items()}
-    given = {t.untyped_storage().data_ptr() for t in (example, *model.parameters(), *model.buffers())}
+    given = {t.untyped_storage()._cdata for t in (example, *model.parameters(), *model.buffers())}
     written = sum(s.nbytes() for address, s in counter.written.items() if address not in given)
     held = {n: sum(p.numel() for p in m.parameters(recurse=False)) for n, m in model.named_modules()}
     return Cost(
@@ -109,6 +99,7 @@ def cost(model: nn.Module, example: torch.Tensor) -> Cost:
         activation_bytes=written // len(example),
         layers=layers,
         layer_params={name: count for name, count in held.items() if count},
+        uncounted=list(counter.uncounted),
     )
 
 

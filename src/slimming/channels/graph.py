@@ -1,7 +1,7 @@
 """The channel graph of a network: what is tied to what, and what must stay when some gammas go.
 
-`trace` watches one forward pass and gives a ChannelGraph. `ChannelGraph.plan` lets a criterion choose gammas, then finds
-everything that can go with them:
+`trace` (trace.py) makes one of what it watches. `ChannelGraph.plan` lets a criterion choose gammas, then finds everything that
+can go with them:
 
 1. zero: atoms whose writers are all pruned BatchNorm channels carry zero, and their readers can drop them;
 2. live: backwards to a fixed point, an atom lives if a live reader needs it;
@@ -9,7 +9,6 @@ everything that can go with them:
 """
 
 import functools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,18 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimming.channels import watch as watching
-from slimming.channels.copying import light_copy
+from slimming.channels import explain
 from slimming.channels.criteria import Budget, Choice, Criterion
 from slimming.channels.penalty import other_norms
-from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint, input_spec
-from slimming.channels.sizes import mark_sizes, new_values
-from slimming.channels.tape import FROZEN, Tape, Use
-from slimming.errors import GraphError, PlanError, check_choice, check_number
+from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint
+from slimming.channels.sizes import new_values
+from slimming.channels.tape import CARRYING, FROZEN, Tape, Use
+from slimming.errors import GraphError, PlanError, check_choice, check_number, check_patterns
 
-CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 CHOOSING = (
     "topk",
     "sort",
@@ -64,106 +60,6 @@ class Solution:
 
     live: Tensor
     kept: Tensor
-
-
-def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bool = False) -> "ChannelGraph":
-    """Watch the model run on an example input, in eval and in train mode; the model is not changed.
-
-    Args:
-        model: any network that runs.
-        example: a tensor, a tuple of arguments or a dict of keyword arguments, on the model's device; batch size 1 works.
-        train_input: another input for train mode, for networks that want targets there.
-        strict: raise instead of freezing what is not understood.
-
-    Raises:
-        GraphError: the model fails on the example, lies on another device, or (strict) holds an operator without a rule.
-    """
-    watching.check_device(model, example)
-    tape, reason = Tape(), ""
-    _check_initialised(model)
-    copied = light_copy(model)
-    mark_sizes(copied)
-    try:
-        evaluation = watching.watch(tape, copied.eval(), example)
-    except Exception as error:
-        raise GraphError(f"the network fails on the example input: {type(error).__name__}: {error}") from error
-    evaluated, mark = (len(tape.uses), len(tape.products)), tape.mark()
-    watching.set_training(copied, norms=False)  # a BatchNorm in train mode refuses a batch of one
-    if train_input is not None or not watching.does_the_same(evaluation, copied, example):
-        reason = _watch_training(tape, copied, example if train_input is None else train_input)
-    if reason:
-        tape.rewind(mark)
-    tape.other_macs = mark[1]  # costs are those of eval mode
-    graph = ChannelGraph(model, tape, evaluated, input_spec(example), reason)
-    if tape.doubtful or tape.resizes:
-        graph = _settle_doubts(graph)
-    if strict and (graph.unknown or reason):
-        what = graph.unknown[0] if graph.unknown else f"train mode fails ({reason}): give train_input"
-        raise GraphError(f"strict: not everything is understood: {what}")
-    return graph
-
-
-def _watch_training(tape: Tape, copied: nn.Module, example: Any) -> str:
-    """Watch a copy in train mode; return why it fails, if it does."""
-    if any(isinstance(m, _BatchNorm) and m.training for m in copied.modules()):
-        example = watching.repeat(example)
-    try:
-        watching.watch(tape, copied, example)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _check_initialised(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(nn.parameter.is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
-            raise GraphError(
-                f"{name or 'the network'} ({type(module).__name__}) has no sizes yet: run the network once on an example input "
-                "before it is traced"
-            )
-
-
-def _settle_doubts(graph: "ChannelGraph") -> "ChannelGraph":
-    """Rehearse: prune half of everything at random. Sizes with which that fails are frozen, the others may follow.
-
-    If all together fail, one kind after the other is tried.
-    """
-    tape = graph.tape
-    doubts = [(atoms, reason) for atoms, reason in tape.doubtful]
-    doubts += [(resize.atoms, resize.reason) for resize in tape.resizes]
-    if _rehearse(graph):
-        return graph
-    good: list[str] = []
-    sure = len(tape.frozen)
-
-    def freeze_all_but(kinds: list[str]) -> "ChannelGraph":
-        tape.frozen[sure:] = [(atoms, reason) for atoms, reason in doubts if _kind(reason) not in kinds]
-        return graph.anew()
-
-    for kind in dict.fromkeys(_kind(reason) for _, reason in doubts):
-        if _rehearse(freeze_all_but([*good, kind])):
-            good.append(kind)
-    return freeze_all_but(good)
-
-
-def _kind(reason: str) -> str:
-    """Return a reason without where it holds and without numbers."""
-    return re.sub(r"\[[-\d, ]+\]", "[...]", re.sub(r" in [^:]*(?=:)", "", reason))
-
-
-def _rehearse(graph: "ChannelGraph") -> bool:
-    """Return whether half of all gammas can go at random, decided either way, and the proof holds."""
-    from slimming.channels.criteria import GlobalRatio
-    from slimming.channels.surgery import prune
-
-    for ties in ("apart", "together"):
-        try:
-            prune(graph.model, graph.plan(GlobalRatio(0.5), ties=ties, score="random"), verify=True)
-        except GraphError:  # nothing to prune: no doubt to settle
-            continue
-        except Exception:
-            return False
-    return True
 
 
 class ChannelGraph:
@@ -258,7 +154,12 @@ class ChannelGraph:
 
         Apart: every trainable one. Together: those of a class that dies with them: not frozen, read by no BatchNorm but one
         that is decided with it, and zero wherever a convolution or linear layer reads it once all its gammas are pruned.
+
+        Raises:
+            ConfigError: a pattern to ignore that matches no BatchNorm.
         """
+        norms = (n for n, m in self.modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        check_patterns("ignore", ignore, norms, "BatchNorm")
         trainable = torch.zeros(self.count, dtype=torch.bool)
         for norm in self.norms.values():
             trainable[norm.all] = norm.trainable and not any(fnmatchcase(norm.name, p) for p in ignore)
@@ -367,7 +268,7 @@ class ChannelGraph:
 
         Raises:
             GraphError: nothing can be pruned, or a gamma is not finite.
-            ConfigError: a value out of range.
+            ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
         """
         check_choice("ties", ties, ("together", "apart"))
         check_choice("reduce", reduce, ("max", "mean"))
@@ -456,7 +357,7 @@ class ChannelGraph:
 
     @functools.cached_property
     def dense_cost(self) -> dict[str, int]:
-        """{macs, params} of the network as it is."""
+        """{macs, params} of the network as it is; macs of the whole example."""
         return self._cost(None, None)
 
     def _cost(self, live: Tensor | None, kept: Tensor | None) -> dict[str, int]:
@@ -587,69 +488,11 @@ class ChannelGraph:
             gammas: how many there are; together, apart: shares of them that may be chosen; blocked: {reason: share} of
             those that `together` leaves alone.
         """
-        free = {ties: self.candidates(ties) for ties in ("together", "apart")}
-        reasons = self._blocked(~free["together"])
-        return {
-            "gammas": self.count,
-            **{ties: int(chosen.sum()) / max(1, self.count) for ties, chosen in free.items()},
-            "blocked": {reason: count / max(1, self.count) for reason, count in reasons.items()},
-        }
-
-    def _blocked(self, gammas: Tensor) -> dict[str, int]:
-        """Count (all gammas,) bool by the first reason for which they cannot be decided together."""
-        frozen_by: dict[str, Tensor] = {}
-        for atoms, reason in [*self.tape.frozen, *((t, "network output") for t in [torch.tensor([FROZEN])])]:
-            hit = frozen_by.setdefault(_kind(reason), torch.zeros(self.tape.count, dtype=torch.bool))
-            hit[self.place[atoms]] = True
-        trainable = self.candidates("apart")
-        read_by_norm = torch.zeros(self.tape.count, dtype=torch.bool)
-        read_nonzero, stuck = read_by_norm.clone(), read_by_norm.clone()
-        zero = self.zero_atoms(~trainable)
-        for use, reads, writes in zip(self.tape.uses, self._reads, self._writes, strict=True):
-            if use.kind == "norm":
-                read_by_norm[reads] = True
-                norm = self.norms.get(use.name)
-                stuck[writes if norm is None else writes[~trainable[norm.all]]] = True
-            elif use.kind not in CARRYING:
-                read_nonzero[reads[~zero[use.read]]] = True
-        tests = [("not trained, or of a BatchNorm that stays whole", stuck), *frozen_by.items()]
-        tests += [("not zero where it is read, although its gammas are pruned", read_nonzero)]
-        tests += [("read by a BatchNorm that writes elsewhere", read_by_norm)]
-        found, left, slots = {}, gammas.clone(), self.slots()
-        for reason, classes in [*tests, ("tied to one of these", torch.ones_like(stuck))]:
-            hit = left & classes[slots]
-            left &= ~hit
-            if bool(hit.any()):
-                found[reason] = int(hit.sum())
-        return found
-
-    def summary(self) -> list[str]:
-        """Return lines for people: how many gammas may be chosen, and why the others may not."""
-        shares = self.shares()
-        lines = [
-            f"{shares['gammas']:,} gammas; may be chosen: together {shares['together']:.1%}, apart {shares['apart']:.1%}"
-        ]
-        lines += [f"  not together, {share:.1%}: {reason}" for reason, share in shares["blocked"].items()]
-        return lines
+        return explain.shares(self)
 
     def describe(self) -> str:
         """Return a table for people: every BatchNorm, what may go, and what was frozen and why."""
-        together = self.candidates("together")
-        lines = [
-            describe_network(self.model),
-            f"{'BatchNorm':40} {'gammas':>7} {'tied, may go':>13} {'|gamma| median':>15}",
-        ]
-        for norm in self.norms.values():
-            weight = norm.module.weight.detach().abs()
-            free = int(together[norm.all].sum()) if norm.trainable else 0
-            lines.append(f"{norm.name:40} {len(weight):7} {free:13} {float(weight.median()):15.3g}")
-        total = sum(n.module.num_features for n in self.norms.values() if n.trainable)
-        lines.append(f"{'all':40} {self.count:7} {int(together.sum()):13}   (apart: {total})")
-        lines += self.summary()
-        lines += [f"frozen: {reason}" for reason in self.unknown]
-        if self.train_reason:
-            lines.append(f"not watched in train mode: {self.train_reason}")
-        return "\n".join(lines)
+        return explain.describe(self)
 
 
 def _wanted(size: int, have: int, min_channels: int, max_layer_ratio: float, round_to: int) -> int:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from slimming.errors import ConfigError
+from slimming.errors import check_patterns
 
 
 def batchnorm_gammas(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
@@ -30,12 +30,7 @@ def batchnorm_gammas(model: nn.Module, layers: Iterable[str] | None = None) -> d
     }
     if layers is None:
         return found
-    for pattern in layers:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            some = ", ".join(list(found)[:8]) or "none"
-            raise ConfigError(
-                f"penalty.layers: {pattern!r} matches no BatchNorm with a trainable scale; there are {some}"
-            )
+    check_patterns("penalty.layers", layers, found, "BatchNorm with a trainable scale")
     return {name: gamma for name, gamma in found.items() if any(fnmatchcase(name, p) for p in layers)}
 
 

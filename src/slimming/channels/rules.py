@@ -84,7 +84,8 @@ def convolution(tape: Tape, call: Call, transposed: bool = False) -> Tensor:
         raise Unknown("its input has no batch axis")
     read, c_out = _channels(call, x, 1), call.out.shape[1]
     kernel = math.prod(weight.shape[2:])
-    positions = math.prod((x if transposed else call.out).shape[2:])
+    applied = x if transposed else call.out
+    positions = applied.shape[0] * math.prod(applied.shape[2:])
     use = Use("transposed" if transposed else "conv", name, read, tape.fresh((c_out,)), groups, positions, kernel)
     use.bias = bias is not None
     if groups > 1:
@@ -117,7 +118,7 @@ def transposed_convolution(tape: Tape, call: Call) -> Tensor:
 def linear(tape: Tape, call: Call) -> Tensor:
     x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
     name, _ = _layer(call, weight, bias)
-    positions = math.prod(x.shape[1:-1])
+    positions = math.prod(x.shape[:-1])
     use = Use("linear", name, _channels(call, x, -1), tape.fresh((weight.shape[0],)), positions=positions)
     use.bias = bias is not None
     tape.use(use)
@@ -328,7 +329,7 @@ def matmul(tape: Tape, call: Call) -> Tensor:
     a, b = (_atoms_or_frozen(call, t) for t in (left, right))
     if left.ndim < 3 or left.shape[:-2] != right.shape[:-2]:
         raise Unknown("its factors are not batches of matrices")
-    ndim, macs = left.ndim, call.out.numel() * left.shape[-1] // left.shape[0]
+    ndim, macs = left.ndim, call.out.numel() * left.shape[-1]
     axis_a, axis_b = _matrix_axis(tape, a), _matrix_axis(tape, b)
     if axis_a == ndim - 1 and axis_b == ndim - 2:
         turned = b.transpose(-1, -2)
@@ -350,7 +351,7 @@ def attention(tape: Tape, call: Call) -> Tensor:
     ndim = call.args[0].ndim
     if any(_matrix_axis(tape, t) not in (None, ndim - 1) for t in (query, key, value)):
         raise Unknown("its channels lie along another axis than the last")
-    macs = call.args[0].shape[-2] * call.args[1].shape[-2] * call.args[0][0, ..., 0, 0].numel()
+    macs = call.args[0].shape[-2] * call.args[1].shape[-2] * call.args[0][..., 0, 0].numel()
     if call.kwargs.get("scale") is None:
         for atoms in (query, key):
             tape.freeze(atoms, "scaled_dot_product_attention: its scale counts the channels of queries and keys")

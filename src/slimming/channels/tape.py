@@ -14,6 +14,7 @@ from torch import Tensor
 from slimming.channels.sizes import Resize, Size
 
 FROZEN = 0
+CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 
 
 class Unknown(Exception):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimming.channels.copying import light_copy
-from slimming.channels.cost import macs_of
 from slimming.channels.layers import has_plain_forward
+from slimming.channels.macs import macs_of
 from slimming.channels.rules import RULES, Call
 from slimming.channels.sizes import SizeMode
 from slimming.channels.tape import FROZEN, Tape, Unknown, varying
@@ -90,6 +90,7 @@ class Watcher(TorchDispatchMode):
         if func._schema.name in VIEWS and id(args[0]) in self.owners:
             self.owners[id(out)] = self.owners[id(args[0])]
             self.kept.append(out)  # so that no other tensor gets its id
+        self.tape.other_macs += macs_of(func, args, kwargs, out) or 0  # None: no rule knows it either
         return out
 
     def _known_call(self, func, args: tuple, kwargs: dict, leaves: list, operands: list[Tensor]) -> Any:
@@ -104,7 +105,7 @@ class Watcher(TorchDispatchMode):
         )
         self._follow(call, operands)
         if self._counted() == counted:
-            self.tape.other_macs += macs_of(func, args, out)
+            self.tape.other_macs += macs_of(func, args, kwargs, out) or 0
         return out
 
     def _name_of(self, tensor: Tensor) -> str:

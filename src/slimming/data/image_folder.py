@@ -1,4 +1,4 @@
-"""Any tree {train,test}/<class>/<image>: decoded once into a uint8 cache."""
+"""Any tree {train,test}/<class>/<image>: decoded and measured once into a uint8 cache."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from slimming.data.base import ImageData
+from slimming.data.base import ImageData, split_off
 from slimming.errors import DataError, check_choice, check_number
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -71,22 +71,25 @@ class ImageFolder(ImageData):
             if not self._cache(part).exists():
                 self._fill(part)
 
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        pixels = self.splits["train"].images
-        sums = torch.stack([_moments(chunk) for chunk in pixels.split(1000)]).sum(0)  # (2, C)
-        mean, square = sums / (len(pixels) * self.image_size**2)
-        self.mean = tuple(mean.tolist())
-        self.std = tuple((square - mean**2).clamp_min(1e-6).sqrt().tolist())
-
     def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         part = "train" if train else "test"
         try:
-            data = torch.load(self._cache(part), weights_only=True)
-        except Exception:  # a cache of the user's disk trouble: decode again
+            images, labels, moments = self._read(part)
+        except Exception:  # a cache of the user's disk trouble, or without moments: decode again
             self._fill(part)
-            data = torch.load(self._cache(part), weights_only=True)
-        return data["images"], data["labels"]
+            images, labels, moments = self._read(part)
+        if train:
+            self._normalise_by(moments[split_off(labels, self.val_size)[0]])
+        return images, labels
+
+    def _read(self, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        data = torch.load(self._cache(part), weights_only=True)
+        return data["images"], data["labels"], data["moments"]
+
+    def _normalise_by(self, moments: torch.Tensor) -> None:
+        mean, square = moments.mean(0)
+        self.mean = tuple(mean.tolist())
+        self.std = tuple((square - mean**2).clamp_min(1e-6).sqrt().tolist())
 
     def _cache(self, part: str) -> Path:
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self.image_size} {self.resize}".encode())
@@ -99,12 +102,13 @@ class ImageFolder(ImageData):
     def _fill(self, part: str) -> None:
         pairs = [(file, label) for label, name in enumerate(self.classes) for file in self.files[part][name]]
         images = decode([file for file, _ in pairs], self.image_size, self.resize, part)
-        labels = torch.tensor([label for _, label in pairs])
+        content = {"images": images, "labels": torch.tensor([label for _, label in pairs])}
+        content["moments"] = torch.cat([_moments(chunk) for chunk in images.split(256)])
         path = self._cache(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".tmp{os.getpid()}")
         try:
-            torch.save({"images": images, "labels": labels}, temporary)
+            torch.save(content, temporary)
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             temporary.unlink(missing_ok=True)
@@ -196,6 +200,6 @@ def decode(files: list[Path], size: int, resize: bool, title: str) -> torch.Tens
 
 
 def _moments(images: torch.Tensor) -> torch.Tensor:
-    """Sum pixels and their squares over (N, C, H, W) uint8, scaled to [0, 1]: (2, C) float64."""
+    """Average pixels and their squares over each of (N, C, H, W) uint8 images, scaled to [0, 1]: (N, 2, C) float64."""
     x = images.double() / 255
-    return torch.stack((x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))))
+    return torch.stack((x.mean((2, 3)), (x * x).mean((2, 3))), 1)

@@ -6,22 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slimming.records import what_matters
+
 ROLES = ("baseline", "sparse", "pruned", "finetuned", "scratch")
-
-
-PLACES = {
-    "latency_batch",
-    "checkpoint",
-    "init_from",
-    "resume",
-    "logger",
-    "callbacks",
-    "root",
-    "cache_dir",
-    "download",
-    "seed",
-    "teacher",
-}
 
 
 @dataclass
@@ -121,11 +108,11 @@ def collect(folder: Path) -> Collection:
     return found
 
 
-def _told(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    told = {k: _told(v) for k, v in config.items() if k not in PLACES}
-    return told | ({"root": Path(str(config["root"])).name} if "root" in config else {})  # which data, not where
+def _told(config: dict[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in what_matters(config).items() if key not in ("seed", "data.seed")}
+    data = config.get("data")
+    root = data.get("root") if isinstance(data, dict) else None
+    return told | ({"data.root": Path(str(root)).name} if root else {})  # which data, not where
 
 
 def _natural(path: Path) -> list:

@@ -29,8 +29,6 @@ from slimming.training.module import SlimmingModule
 from slimming.training.recorder import write_text
 
 RESULT = "result.json"
-FREE_ON_RESUME = {"resume", "logger", "callbacks", "checkpoint"}  # what may differ between a run and its continuation
-FREE_IN_DATA = {"root", "cache_dir", "download", "eval_batch_size", "num_workers"}
 
 
 # --- building from configuration --------------------------------------------------------------------------------------
@@ -91,6 +89,11 @@ def try_model(model: nn.Module, example: torch.Tensor) -> Cost:
         ) from error
 
 
+def uncounted(cost: dict) -> str:
+    """Say what a cost in result.json leaves out: ` (not counted: cdist in head)`, "" if nothing."""
+    return f" (not counted: {', '.join(cost['uncounted'])})" if cost.get("uncounted") else ""
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -144,24 +147,6 @@ def _is_known(group: str, node: dict) -> bool:
 def _is_class(module, name: str, base: type) -> bool:
     found = getattr(module, name, None)
     return isinstance(found, type) and issubclass(found, base)
-
-
-def config_differences(before: dict, now: dict) -> str:
-    """Say where two configurations differ in what matters to the result: `sparsity was 0.1, is 0.2; ...`, or ""."""
-    a, b = (_flat(json.loads(json.dumps(config))) for config in (before, now))
-    return "; ".join(f"{k} was {a.get(k)}, is {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k))
-
-
-def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Flatten a configuration to dotted keys, without what a continuation may change."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if (key in FREE_ON_RESUME and not prefix) or (key in FREE_IN_DATA and prefix == "data."):
-            continue
-        if key == "teacher":  # a path: whether there is one matters, not where
-            value = value is not None
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from slimming.config import (
     tag,
 )
 from slimming.errors import CheckpointError
-from slimming.stages.common import config_differences, finished, model_spec
+from slimming.records import config_differences
+from slimming.stages.common import finished, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
 from slimming.stages.pruning import PRUNED, prune
 from slimming.stages.reporting import report

@@ -14,8 +14,9 @@ from slimming import checkpoint, ports
 from slimming.channels import criteria, surgery
 from slimming.channels.calibrate import calibrate
 from slimming.channels.cost import Cost, latency_ms, widths
-from slimming.channels.graph import ChannelGraph, trace
+from slimming.channels.graph import ChannelGraph
 from slimming.channels.plan import PruningPlan
+from slimming.channels.trace import trace
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
@@ -33,6 +34,7 @@ from slimming.stages.common import (
     recorded,
     relative,
     try_model,
+    uncounted,
     weight_bytes,
 )
 from slimming.training.recorder import BINS, histogram, write_text
@@ -234,8 +236,8 @@ def _describe(
     common = cfg.score == "gamma" and criterion_name(cfg) in ("global", "threshold", "budget")
     before, after = dict(graph.model.named_modules()), dict(thin.named_modules())
     return {
-        "cost_before": {"num_params": costs.num_params, "macs": costs.macs},
-        "cost": {"num_params": thin_costs.num_params, "macs": thin_costs.macs},
+        "cost_before": costs.record(),
+        "cost": thin_costs.record(),
         "activation_bytes_before": costs.activation_bytes,
         "activation_bytes": thin_costs.activation_bytes,
         "size_bytes_before": weight_bytes(graph.model),
@@ -305,7 +307,8 @@ def _table(result: dict[str, Any], plan: PruningPlan) -> str:
         f"{got['put_back']} put back by guards, {got['followed']} more went because nothing needed them",
         f"parameters: {before['num_params']:,} -> {after['num_params']:,} "
         f"(-{1 - after['num_params'] / before['num_params']:.1%}); "
-        f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M (-{1 - after['macs'] / before['macs']:.1%})",
+        f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M (-{1 - after['macs'] / before['macs']:.1%})"
+        f"{uncounted(before)}",
         f"activations of one image: {result['activation_bytes_before'] / 1e3:,.0f} -> "
         f"{result['activation_bytes'] / 1e3:,.0f} kB; weights: {result['size_bytes_before'] / 1e6:.2f} -> "
         f"{result['size_bytes'] / 1e6:.2f} MB",

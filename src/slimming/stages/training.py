@@ -17,11 +17,11 @@ from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError
 from slimming.ranks import torchrun_devices
+from slimming.records import config_differences
 from slimming.report import figures
 from slimming.stages.common import (
     build,
     build_data,
-    config_differences,
     example_of,
     model_label,
     model_spec,
@@ -29,6 +29,7 @@ from slimming.stages.common import (
     recorded,
     relative,
     try_model,
+    uncounted,
     weight_bytes,
 )
 from slimming.training.distillation import DistillingModule
@@ -126,7 +127,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         network.model = module.model = _synchronised(model, trainer)
     say = trainer.print
     gammas = module.penalty.flat()
-    say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs")
+    macs = f"{costs.macs / 1e6:,.1f}M MACs{uncounted(costs.record())}"
+    say(f"{name} on {type(data).__name__}: {costs.num_params:,} parameters, {macs}")
     penalty = f"penalised, lambda {cfg.sparsity:g}" if cfg.sparsity else "not penalised"
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     say(f"  run directory: {out}")
@@ -156,7 +158,7 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         "model": name,
         "data": type(data).__name__.lower(),
         "metrics": metrics,
-        "cost": {"num_params": costs.num_params, "macs": costs.macs},
+        "cost": costs.record(),
         "activation_bytes": costs.activation_bytes,
         "widths": widths(model),
         "history": recorder.history,
