@@ -19,6 +19,7 @@ from torch import nn
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune
 from slimming.errors import CheckpointError
+from slimming.files import replacing
 
 FORMAT = 1
 PREFIX = "model."  # of the network's weights in a LightningModule's state dict
@@ -31,15 +32,10 @@ def save(content: dict, path: str | os.PathLike) -> None:
         CheckpointError: the disk is full or not writable; a file that was at `path` is still there, unharmed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer wraps an OSError into a RuntimeError
-        temporary.unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC
         kept = f"the last good {path.name} is still there" if path.exists() else "nothing was left behind"
         reason = "the disk is full" if full else " ".join(str(error).split())

@@ -3,14 +3,17 @@
 Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.errors import ConfigError, check_choice, check_number, check_ratio
+from slimming.errors import ConfigError, SlimmingError, check_choice, check_number, check_ratio
+from slimming.folders import claim
 from slimming.ranks import rank, started
 
 
@@ -191,6 +194,23 @@ def tag(name: str, value: Any) -> str:
     return f"_{name}-{value:g}" if isinstance(value, int | float) else f"_{name}-{value}"
 
 
+def record_folder(name: str, out: str | None) -> str | None:
+    """Return where in a run directory Hydra writes its record: nowhere on other ranks, nor in another run's directory.
+
+    Claims the directory until `folders.release`: Hydra writes before any code of ours runs.
+
+    Args:
+        out: the run directory, None while there is none (--cfg).
+    """
+    if rank() > 0:
+        return None
+    with contextlib.suppress(SlimmingError):  # the stage will say it
+        if out is not None:
+            claim(Path(out))
+        return name
+    return None
+
+
 def register() -> None:
     """Tell Hydra the schemas that the YAML files in configs/ start from."""
     schemas = {"train": TrainConfig, "prune": PruneConfig, "finetune": FinetuneConfig, "report": ReportConfig}
@@ -202,7 +222,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("at_least_one", lambda n: n or 1, replace=True)
     OmegaConf.register_new_resolver("tasks", lambda job, n: n or 1 if job in DISTRIBUTED else 1, replace=True)
-    OmegaConf.register_new_resolver("on_rank_zero", lambda value: value if rank() == 0 else None, replace=True)
+    OmegaConf.register_new_resolver("record_folder", record_folder, replace=True)
 
 
 def check(cfg: DictConfig) -> Any:

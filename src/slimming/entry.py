@@ -13,7 +13,9 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from slimming.config import DISTRIBUTED, check
-from slimming.errors import ConfigError, SlimmingError
+from slimming.errors import ConfigError, RunDirectoryError, SlimmingError
+from slimming.files import write_text
+from slimming.folders import release
 from slimming.ranks import rank, started_externally
 
 OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
@@ -44,11 +46,12 @@ def launch(stage: str, cfg: DictConfig) -> float:
             time.sleep(OTHERS_WAIT_S)
         if hydra.mode.name == "MULTIRUN":  # Hydra shows only the first failure, at the end of the sweep
             print(f"job {hydra.job.num} failed: {error}", file=sys.stderr)
-            if not (out / "result.json").exists():  # so that a report can tell of it
+            if not isinstance(error, RunDirectoryError) and not (out / "result.json").exists():
                 failure = {"format": 1, "status": "failed", "error": str(error), "stage": stage}
-                (out / "result.json").write_text(json.dumps(failure))
+                write_text(out / "result.json", json.dumps(failure))  # so that a report can tell of it
         raise CompactHydraException(f"error: {error}") from None
     finally:
+        release(out)
         if rank() == 0:
             _tidy(out)
 

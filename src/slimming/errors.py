@@ -27,6 +27,10 @@ class CheckpointError(SlimmingError):
     """A checkpoint cannot be read, written or used for this network."""
 
 
+class RunDirectoryError(CheckpointError, ConfigError):
+    """The run directory is another run's, finished, interrupted or still going on: nothing was written there."""
+
+
 class TrainingError(SlimmingError):
     """A training cannot go on."""
 

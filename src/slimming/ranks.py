@@ -2,7 +2,7 @@
 
 import functools
 import os
-import time
+from datetime import datetime
 
 
 def rank() -> int:
@@ -18,7 +18,7 @@ def started() -> str:
     """
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")  # microseconds: a loop in a shell starts many in one second
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         return now
     store = _store()
@@ -39,6 +39,15 @@ def started_externally() -> bool:
     """Return whether torchrun, srun or `spawn` started this process as one of several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
     return several and any(key in os.environ for key in ("LOCAL_RANK", "SLURM_PROCID"))
+
+
+def job() -> str | None:
+    """Name the job of torchrun or srun that this process is a rank of, the same on all of them; None: of neither."""
+    if not started_externally():
+        return None
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        return f"slurm-{os.environ.get('SLURM_JOB_ID')}-{os.environ.get('SLURM_STEP_ID')}"
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def torchrun_devices() -> dict[str, int]:

@@ -213,6 +213,21 @@ def test_bad_values(overrides, error, words, folder, tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("started", [stages.finetune, lambda *a: stages.run("finetune", *a)], ids=["stage", "run"])
+def test_a_missing_checkpoint_is_recorded(started, tmp_path):
+    with pytest.raises(CheckpointError):
+        started(compose_config("checkpoint=nowhere.ckpt", name="finetune"), tmp_path / "run")
+    record = result(tmp_path / "run")
+    assert (record["status"], record["stage"]) == ("failed", "finetune")
+    assert "there is no checkpoint nowhere.ckpt" in record["error"]
+
+
+def test_a_trainer_without_epochs_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs is missing.* give trainer=default"):
+        finetune(folder / "pruned/pruned.ckpt", tmp_path / "run", "trainer=one_device")
+    assert "trainer.max_epochs is missing" in result(tmp_path / "run")["error"]
+
+
 def test_a_teacher_of_other_classes_is_refused(folder, tmp_path):
     content = checkpoint.read(folder / "sparse/last.ckpt")
     other = models.vgg(widths=[4], num_classes=7, in_channels=1)

@@ -160,6 +160,13 @@ def test_classes_of_ones_own_go_through_all_stages(tmp_path):
     assert thin[1].num_features == 2
 
 
+def test_a_strategy_of_ones_own_goes_through_all_stages(tmp_path):
+    cfg = compose_config(*SETTING, "ratio=0.5", "trainer.max_epochs=1", name="slim")
+    cfg.trainer |= {"strategy": {"_target_": "lightning.pytorch.strategies.SingleDeviceStrategy", "device": "cpu"}}
+    assert 0 <= stages.slim(cfg, tmp_path) <= 1
+    assert result(tmp_path / "ratio-0.5/finetuned")["config"]["trainer"]["strategy"]["device"] == "cpu"
+
+
 def test_a_moved_folder_goes_on(tmp_path):
     slim(tmp_path / "a", "ratio=0.5", "trainer.max_epochs=1", "finetune.distill=true")
     (tmp_path / "a").rename(tmp_path / "b")

@@ -101,6 +101,26 @@ def test_the_same_command_gives_the_same_bytes(sparse, tmp_path):
     assert not same(state(tmp_path / "a"), state(tmp_path / "c"))
 
 
+def test_what_calibration_does_not_change_is_not_tested_again(sparse, tmp_path, monkeypatch):
+    from slimming.stages import pruning
+
+    calls, original = [], pruning.accuracies
+    monkeypatch.setattr(pruning, "accuracies", lambda *a: calls.append(1) or original(*a))
+    prune(sparse, tmp_path / "b", "ratio=0.5", "calibrate.batches=0", "trainer.limit_test_batches=1")
+    r = result(tmp_path / "b")
+    assert len(calls) == 2 and r["metrics"]["test/acc"] == r["metrics"]["test/acc_pruned"]
+    assert r["metrics"]["val/acc"] == r["metrics"]["val/acc_pruned"]
+
+
+def test_only_what_was_tested_counts(sparse, tmp_path):
+    prune(sparse, tmp_path / "a", "ratio=0.5", "trainer.limit_test_batches=1", "+data.eval_batch_size=32")
+    assert result(tmp_path / "a")["n_test"] == 32
+    prune(sparse, tmp_path / "b", "ratio=0.5", "test=false")
+    assert "n_test" not in result(tmp_path / "b")
+    prune(sparse, tmp_path / "c", "ratio=0.5", "trainer.limit_test_batches=0", "trainer.limit_val_batches=0")
+    assert (result(tmp_path / "c")["n_test"], result(tmp_path / "c")["metrics"]) == (0, {})
+
+
 def test_calibration_moves_the_statistics_alone(sparse, tmp_path):
     prune(sparse, tmp_path / "a", "ratio=0.5")
     prune(sparse, tmp_path / "b", "ratio=0.5", "calibrate.batches=0")
@@ -328,6 +348,16 @@ def test_a_recorded_precision_is_not_run(sparse, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not built on a file's word alone"):
         prune(tmp_path / "evil.ckpt", tmp_path / "run", "ratio=0.5")
     assert not (tmp_path / "evil").exists()
+    prune(tmp_path / "evil.ckpt", tmp_path / "run", "ratio=0.5", "test=false", "trainer.precision=32-true")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_recorded_strategy_is_not_needed(sparse, tmp_path):
+    content = checkpoint.read(sparse)
+    content["slimming"]["config"]["trainer"] |= {"strategy": {"_target_": "my.Strategy"}, "precision": "64-true"}
+    checkpoint.save(content, tmp_path / "own.ckpt")
+    prune(tmp_path / "own.ckpt", tmp_path / "run", "ratio=0.5", "test=false")
+    assert result(tmp_path / "run")["latency_ms"]["precision"] == "64-true"
 
 
 def test_a_pruned_network_is_not_overwritten(sparse, tmp_path):

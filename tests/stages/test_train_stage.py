@@ -192,6 +192,20 @@ def test_without_any_test_nothing_is_lost(small, tmp_path):
     )
 
 
+def test_only_images_that_were_tested_count(small, tmp_path):
+    stages.train(small("trainer.limit_test_batches=2", "data.eval_batch_size=50"), tmp_path)
+    accuracy = result(tmp_path)["metrics"]["test/acc"]
+    assert result(tmp_path)["n_test"] == 100 and accuracy * 100 == pytest.approx(round(accuracy * 100), abs=1e-4)
+
+
+def test_a_failure_before_the_network_is_built_is_recorded(small, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
+        stages.train(small("resume=true"), tmp_path)
+    record = result(tmp_path)
+    assert record["status"] == "failed" and "last.ckpt cannot be read" in record["error"]
+
+
 def test_without_validation_data_nothing_is_selected(small, tmp_path):
     stages.train(small(), tmp_path)
     assert not (tmp_path / "best.ckpt").exists() and "val/acc_best" not in result(tmp_path)["metrics"]

@@ -90,9 +90,7 @@ def thresholds(sparse: Run, prunings: list[Run], path: Path) -> None:
         axis.axvline(place, color=MIDDLE, linestyle="--", linewidth=1.2)
         text = f"ratio {asked:g}" if asked is not None else f"{threshold:.2g}"
         height = 1.0 - 0.085 * (i % 4)
-        axis.annotate(
-            text, (np.log10(threshold), height), (2, -9), ("data", "axes fraction"), "offset points", fontsize=7.5
-        )
+        axis.annotate(text, (place, height), (2, -9), ("data", "axes fraction"), "offset points", fontsize=7.5)
     ticks = np.arange(np.ceil(y[low]), np.floor(y[high + 1]) + 1)
     axis.set_xticks(ticks, [f"$10^{{{t:.0f}}}$" for t in ticks])
     axis.set(xlabel="|gamma|" + " (leftmost bar: from 0)" * bool(low == 0), ylabel="channels")

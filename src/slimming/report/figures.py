@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from slimming.files import replacing
+
 DARK, MIDDLE, LIGHT = "#1b3a6b", "#e08214", "#c9d6ea"
 
 
@@ -130,7 +132,6 @@ def pyplot():
 
 
 def save_figure(figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot().close(figure)

@@ -24,9 +24,10 @@ from slimming import data as datasets
 from slimming import models
 from slimming.channels.cost import Cost, cost
 from slimming.data import ImageData
-from slimming.errors import CheckpointError, ConfigError, SlimmingError
+from slimming.errors import CheckpointError, ConfigError, RunDirectoryError, SlimmingError
+from slimming.files import write_text
+from slimming.folders import claimed
 from slimming.training.module import SlimmingModule
-from slimming.training.recorder import write_text
 
 RESULT = "result.json"
 
@@ -152,8 +153,8 @@ def _is_class(module, name: str, base: type) -> bool:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[str, float]:
-    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]."""
+def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> tuple[dict[str, float], int]:
+    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]; and how many images were tested."""
     module = SlimmingModule(model, data.num_classes, optimizer=None)
     found: dict[str, float] = {}
     for results in (
@@ -161,7 +162,8 @@ def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> dict[s
         trainer.validate(module, datamodule=data, verbose=False) if "val" in data.splits else [],
     ):
         found |= results[0] if results else {}
-    return {key: float(value) for key, value in found.items() if key.endswith("/acc")}
+    metrics = {key: float(value) for key, value in found.items() if key.endswith("/acc")}
+    return metrics, module.evaluated.get("test", 0)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -174,30 +176,41 @@ def weight_bytes(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def recorded(out: Path, result: dict) -> Iterator[dict]:
-    """Write result.json in the end, of a stage that fails as well.
+    """Hold the run directory and write result.json in the end, of a stage that fails as well.
 
     Args:
         result: what is known from the start; the caller adds the rest to the dict that it gets.
+
+    Raises:
+        RunDirectoryError: the directory is another run's, whose record stays as it is.
     """
-    out.mkdir(parents=True, exist_ok=True)
     result = {"format": 1, "status": "failed", "error": None} | result | {"versions": versions()}
     started = time.monotonic()
-    try:
-        with quiet():
-            yield result
-        result["status"] = "finished"
-    except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
-        result["error"] = "interrupted"
-        raise
-    except BaseException as error:
-        result["error"] = str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
+    with claimed(out):
+        try:
+            with quiet():
+                yield result
+        except RunDirectoryError:  # what is recorded there is another run's
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the failure itself is what must be told
+                _leave(out, result | {"error": cause(error)}, started)
+            raise
+        _leave(out, result | {"status": "finished"}, started)
+
+
+def _leave(out: Path, result: dict, started: float) -> None:
+    # Else another rank writes it, or the finished run that is there is not this one.
+    if rank_zero() and not (result["error"] and finished(out)):
         result["wall_time_s"] = time.monotonic() - started
-        # Else another rank writes it, or the run that is there is not this one.
-        if rank_zero() and not (result["error"] and finished(out)):
-            with contextlib.suppress(OSError) if result["error"] else contextlib.nullcontext():
-                write_text(out / RESULT, json.dumps(result, indent=1))
+        write_text(out / RESULT, json.dumps(result, indent=1))
+
+
+def cause(error: BaseException) -> str:
+    """Say in one line what ended a run."""
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
+        return "interrupted"
+    return str(error) if isinstance(error, SlimmingError) else f"{type(error).__name__}: {error}"
 
 
 def rank_zero() -> bool:

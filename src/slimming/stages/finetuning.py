@@ -46,14 +46,15 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
-    content = checkpoint.read(cfg.checkpoint)
-    record = content["slimming"]
-    recipe = recipe_of(cfg, record)
     extra = {"finetune": {k: getattr(cfg, k) for k in ("init", "epochs_by", "optimizer_state")}}
     extra["finetune"]["distill"] = dataclasses.asdict(cfg.distill)
     role = "scratch" if cfg.init == "scratch" else "sparse" if cfg.sparsity else "finetuned"
-    result = {"stage": "finetune", "role": role, "seed": recipe.seed, "parent": relative(cfg.checkpoint, out)}
+    result = {"stage": "finetune", "role": role, "parent": relative(cfg.checkpoint, out), "asked": plain(cfg)}
     with recorded(out, result) as result:
+        content = checkpoint.read(cfg.checkpoint)
+        record = content["slimming"]
+        recipe = recipe_of(cfg, record)
+        result["seed"] = recipe.seed
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         network = _network(cfg, recipe, content, data)
@@ -64,7 +65,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
             _stretch(recipe, dense, network.model, example_of(data))
         network.extra = extra
         network.teacher = _teacher(cfg.distill.teacher, data, _own(cfg, data))
-        result |= {"config": plain(recipe) | extra, "asked": plain(cfg)}
+        result["config"] = plain(recipe) | extra
         start = resume_point(cfg.resume, result["config"], out)
         result |= fit(recipe, out, network, data, start)
     return result["metrics"].get("test/acc", math.nan)
@@ -82,7 +83,12 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
     for group, node in groups.items():
         if not node.get("_target_"):
             raise ConfigError(f"{cfg.checkpoint} comes without a recipe: give {group}=<name of configs/{group}/>")
-    epochs = groups["trainer"]["max_epochs"]
+    epochs = groups["trainer"].get("max_epochs")
+    if epochs is None:
+        raise ConfigError(
+            "trainer.max_epochs is missing: a trainer that is given replaces the checkpoint's whole, and this one "
+            "(one_device is prune.py's) has none; give trainer=default trainer.max_epochs=<number>, or single values alone"
+        )
     groups["scheduler"] = fit_schedule(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
     seed = before.get("seed", 1) if cfg.seed is None else cfg.seed
     if cfg.data.get("seed") is None:

@@ -20,7 +20,8 @@ from slimming.config import (
     ratios,
     tag,
 )
-from slimming.errors import CheckpointError
+from slimming.errors import RunDirectoryError
+from slimming.folders import LOCK, claimed
 from slimming.records import config_differences
 from slimming.stages.common import finished, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
@@ -42,7 +43,11 @@ def slim(cfg: SlimConfig, out: Path) -> float:
     Raises:
         SlimmingError: of the stages; or `out` holds a stage of another configuration.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out):
+        return _slim(cfg, out)
+
+
+def _slim(cfg: SlimConfig, out: Path) -> float:
     recipe = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
     if cfg.baseline:
         _stage(train, TrainConfig(**recipe | {"sparsity": 0.0}), out / "baseline")
@@ -110,12 +115,12 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
     """Run a stage unless it is finished there; go on with one that was interrupted.
 
     Raises:
-        CheckpointError: the folder holds the stage with another configuration.
+        RunDirectoryError: the folder holds the stage with another configuration.
     """
     done = finished(folder)
     if done:
         if differences := config_differences(done.get("asked", done["config"]), plain(cfg)):
-            raise CheckpointError(
+            raise RunDirectoryError(
                 f"{folder} holds a finished run of another configuration: {differences}. "
                 "Give the same values to go on, or another hydra.run.dir"
             )
@@ -123,6 +128,16 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
         return done["metrics"].get("test/acc", math.nan)
     print(f"\n=== {folder}")
     if stage is prune:
-        shutil.rmtree(folder, ignore_errors=True)  # the leftovers of an interrupted pruning
-        return prune(cfg, folder)
+        with claimed(folder):
+            _clear(folder)  # the leftovers of an interrupted pruning
+            return prune(cfg, folder)
     return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / "last.ckpt").exists()), folder)
+
+
+def _clear(folder: Path) -> None:
+    """Empty a folder that is claimed."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink()

@@ -19,7 +19,8 @@ from slimming.channels.plan import PruningPlan
 from slimming.channels.trace import trace
 from slimming.config import PruneConfig, criterion_name, plain
 from slimming.data import ImageData
-from slimming.errors import ConfigError, DataError
+from slimming.errors import CheckpointError, ConfigError, DataError, RunDirectoryError
+from slimming.files import write_text
 from slimming.report import figures
 from slimming.stages.common import (
     accuracies,
@@ -37,7 +38,7 @@ from slimming.stages.common import (
     uncounted,
     weight_bytes,
 )
-from slimming.training.recorder import BINS, histogram, write_text
+from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
 
@@ -68,11 +69,11 @@ def prune(cfg: PruneConfig, out: Path) -> float:
             source, _ = load_source(cfg)
             print(_inspection(trace(source.model, _example(source))))
         return math.nan
-    if (out / PRUNED).exists():
-        raise ConfigError(f"{out} holds a pruned network already: give another hydra.run.dir")
     result = {"stage": "prune", "role": "pruned", "seed": cfg.seed}
     result |= {"parent": relative(cfg.checkpoint, out), "config": plain(cfg)}
     with recorded(out, result) as result:
+        if (out / PRUNED).exists():
+            raise RunDirectoryError(f"{out} holds a pruned network already: give another hydra.run.dir")
         result |= _prune(cfg, out)
     return result["metrics"].get("test/acc", math.nan)
 
@@ -89,14 +90,17 @@ def _prune(cfg: PruneConfig, out: Path) -> dict[str, Any]:
     thin = surgery.prune(source.model, plan)
     thin_costs = try_model(thin, example)
     result: dict[str, Any] = {"model": source.label, "data": data_label(source.record["config"]["data"])}
-    result |= _describe(graph, plan, thin, cfg, costs, thin_costs)
+    result |= {"metrics": {}} | _describe(graph, plan, thin, cfg, costs, thin_costs)
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
     print(_table(result, plan))
     if not plan.keep:
         print("nothing is removed: no channel meets the criterion, or the guards put all back")
-    thin, result["metrics"] = _measure(cfg, source, thin, data, trainer)
-    if data:
-        result["n_test"] = len(data.splits["test"])
+    if cfg.test:
+        result["metrics"], result["n_test"] = _test_uncalibrated(source, thin, data, trainer)
+    if cfg.calibrate.batches:
+        thin = _calibrated(cfg, thin, data, trainer)
+    if cfg.test:
+        result["metrics"] |= _test_finally(cfg, thin, data, trainer, result["metrics"])
     if cfg.latency_batch:
         result["latency_ms"] = _latency(cfg.latency_batch, source, thin, example, trainer)
     source.record["parent"] = relative(cfg.checkpoint, out)
@@ -172,34 +176,56 @@ def _example(source: Source) -> torch.Tensor:
 
 
 def _trainer(cfg: PruneConfig, source: Source) -> dict:
-    """Return the Trainer's values; the precision is the training's unless given."""
-    before = source.record["config"].get("trainer")
-    recorded_one = inherit("trainer", {}, before).get("precision") if before else None
-    return cfg.trainer | {"precision": cfg.trainer.get("precision") or recorded_one or "32-true"}
+    """Return the Trainer's values; the precision, and nothing else, is the training's unless given.
+
+    Raises:
+        CheckpointError: the recorded precision is not a plain value.
+    """
+    precision = cfg.trainer.get("precision")
+    if precision is None:
+        precision = (source.record["config"].get("trainer") or {}).get("precision") or "32-true"
+        if not isinstance(precision, str | int) or "$" in str(precision):  # OmegaConf would resolve it
+            raise CheckpointError(
+                f"the checkpoint's trainer.precision is {str(precision)[:200]}, which is not built on a file's word alone: "
+                "give trainer.precision=32-true or another"
+            )
+    return cfg.trainer | {"precision": precision}
 
 
 # --- what it gives ----------------------------------------------------------------------------------------------------
 
 
-def _measure(cfg: PruneConfig, source: Source, thin: nn.Module, data: ImageData | None, trainer: pl.Trainer):
-    """Return the thin network, calibrated if asked, and the accuracies on the way."""
-    metrics: dict[str, float] = {}
-    if cfg.test:
-        for suffix, model in (("_before", source.model), ("_pruned", thin)):
-            metrics |= {key + suffix: value for key, value in accuracies(trainer, model, data).items()}
+def _test_uncalibrated(
+    source: Source, thin: nn.Module, data: ImageData, trainer: pl.Trainer
+) -> tuple[dict[str, float], int]:
+    """Return the accuracies of the dense and of the thin network, and on how many test images."""
+    metrics, count = {}, 0
+    for suffix, model in (("_before", source.model), ("_pruned", thin)):
+        found, count = accuracies(trainer, model, data)
+        metrics |= {key + suffix: value for key, value in found.items()}
+    return metrics, count
+
+
+def _calibrated(cfg: PruneConfig, thin: nn.Module, data: ImageData, trainer: pl.Trainer) -> nn.Module:
+    device = trainer.strategy.root_device
+    batches = (b.to(dtype_of(thin)) for b in data.training_batches(cfg.calibrate.batches, device))
+    with trainer.precision_plugin.forward_context():
+        return calibrate(thin.to(device), batches).cpu()
+
+
+def _test_finally(
+    cfg: PruneConfig, thin: nn.Module, data: ImageData, trainer: pl.Trainer, metrics: dict[str, float]
+) -> dict[str, float]:
+    """Return the accuracies of what is kept: measured again only if calibration has changed it."""
+    pruned = {k.removesuffix("_pruned"): v for k, v in metrics.items() if k.endswith("_pruned")}
+    final = accuracies(trainer, thin, data)[0] if cfg.calibrate.batches else pruned
+    if not final:  # limited to no test batch at all
+        return {}
+    path = [f"{metrics['test/acc_before']:.2%} before", f"{metrics['test/acc_pruned']:.2%} right after pruning"]
     if cfg.calibrate.batches:
-        device = trainer.strategy.root_device
-        batches = (b.to(dtype_of(thin)) for b in data.training_batches(cfg.calibrate.batches, device))
-        with trainer.precision_plugin.forward_context():
-            thin = calibrate(thin.to(device), batches).cpu()
-    if cfg.test:
-        metrics |= accuracies(trainer, thin, data)
-        path = [f"{metrics['test/acc_before']:.2%} before", f"{metrics['test/acc_pruned']:.2%} right after pruning"]
-        path += [f"{metrics['test/acc']:.2%} calibrated on {cfg.calibrate.batches} batches"] * bool(
-            cfg.calibrate.batches
-        )
-        print(f"test accuracy: {' -> '.join(path)}")
-    return thin, metrics
+        path.append(f"{final['test/acc']:.2%} calibrated on {cfg.calibrate.batches} batches")
+    print(f"test accuracy: {' -> '.join(path)}")
+    return final
 
 
 def _latency(batch: int, source: Source, thin: nn.Module, example: torch.Tensor, trainer: pl.Trainer) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from slimming.config import ReportConfig
 from slimming.errors import DataError
+from slimming.files import remove_temporaries, write_text
 from slimming.report.collect import collect
 from slimming.report.page import markdown, page, spreadsheet, terminal
 from slimming.report.sections import Table, sections
-from slimming.training.recorder import write_text
 
 KINDS = ("sweep", "kept", "gammas", "curves")  # of the pictures that a report makes
 SHOWN = ["network", "test accuracy (%)", "parameters", "MACs (M)", "latency (ms)"]  # columns on the screen
@@ -32,6 +32,7 @@ def report(cfg: ReportConfig, out: Path | None = None) -> float:
     target = Path(cfg.out or folder)
     pictures = target / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(pictures)
     for old in (f for kind in KINDS for f in pictures.glob(f"{kind}_*.png")):
         old.unlink()
     made = sections(found, pictures)

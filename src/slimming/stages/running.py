@@ -1,8 +1,9 @@
 """Running a training in as many processes as it has devices on this machine."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from omegaconf import OmegaConf
 from slimming import checkpoint
 from slimming import config as schemas
 from slimming.config import FinetuneConfig, TrainConfig, plain
-from slimming.errors import ConfigError, SlimmingError
+from slimming.errors import ConfigError, RunDirectoryError
+from slimming.folders import claimed, joined
 from slimming.ranks import started_externally
-from slimming.stages.common import build, finished, inherit, quiet, record_failure
+from slimming.stages.common import build, cause, finished, inherit, quiet, record_failure
 from slimming.stages.finetuning import finetune
 from slimming.stages.training import train
 from slimming.training import launcher
@@ -30,19 +32,27 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
     Raises:
         SlimmingError: of the stage, whichever rank raised it first.
     """
-    processes = 1 if started_externally() else _processes(_trainer(cfg))
-    if processes == 1:
-        return DISTRIBUTED[stage](cfg, out)
-    out.mkdir(parents=True, exist_ok=True)
-    job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
-    try:
-        launcher.spawn(job, processes)
-    except BaseException as error:
-        message = str(error) if isinstance(error, SlimmingError) else "interrupted"
-        record_failure(out, stage, message)
-        raise
-    result = finished(out)
+    with claimed(out):
+        with _failure_recorded(out, stage):
+            processes = 1 if started_externally() else _processes(_trainer(cfg))
+            if processes > 1:
+                job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
+                launcher.spawn(job, processes)
+        if processes == 1:
+            return DISTRIBUTED[stage](cfg, out)
+        result = finished(out)
     return result["metrics"].get("test/acc", math.nan) if result else math.nan
+
+
+@contextlib.contextmanager
+def _failure_recorded(out: Path, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except RunDirectoryError:  # what is recorded there is another run's
+        raise
+    except BaseException as error:
+        record_failure(out, stage, cause(error))
+        raise
 
 
 def serve(place: Path) -> None:
@@ -54,7 +64,8 @@ def work(job: dict) -> None:
     """Do one rank's part of a job that `run` has described."""
     schema = OmegaConf.structured(getattr(schemas, job["schema"]))
     cfg = OmegaConf.to_object(OmegaConf.merge(schema, job["config"]))
-    DISTRIBUTED[job["stage"]](cfg, Path(job["out"]))
+    with joined(Path(job["out"])):
+        DISTRIBUTED[job["stage"]](cfg, Path(job["out"]))
 
 
 def _trainer(cfg: TrainConfig | FinetuneConfig) -> dict:

@@ -15,7 +15,7 @@ from slimming.channels.layers import synchronise
 from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
-from slimming.errors import CheckpointError, ConfigError
+from slimming.errors import ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
 from slimming.records import config_differences
 from slimming.report import figures
@@ -67,11 +67,12 @@ def train(cfg: TrainConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
     """
-    cfg = replace(cfg, data=normalised(cfg))
-    start = resume_point(cfg.resume, plain(cfg), out)
     result = {"stage": "train", "role": "sparse" if cfg.sparsity else "baseline", "seed": cfg.seed}
     result |= {"parent": relative(cfg.init_from, out), "config": plain(cfg)}
     with recorded(out, result) as result:
+        cfg = replace(cfg, data=normalised(cfg))
+        result["config"] = plain(cfg)
+        start = resume_point(cfg.resume, result["config"], out)
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
         heads = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -164,7 +165,7 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
         "history": recorder.history,
         "gammas": {"edges": BINS.tolist(), "counts": recorder.gammas, "near_zero_share": near_zero_share(gammas)},
         "size_bytes": weight_bytes(module.model),
-        "n_test": len(data.splits["test"]),
+        "n_test": module.evaluated.get("test", 0),
     }
 
 
@@ -233,17 +234,19 @@ def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
     """Return the content of out/last.ckpt to go on from, None if there is none yet.
 
     Raises:
-        ConfigError: there is a run, and `resume` is false.
-        CheckpointError: unreadable, or of a run with another configuration.
+        RunDirectoryError: there is a run, and `resume` is false or it has another configuration.
+        CheckpointError: unreadable.
     """
     path = out / "last.ckpt"
     if not path.exists():
         return None
     if not resume:
-        raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
+        raise RunDirectoryError(
+            f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir"
+        )
     content = checkpoint.read(path)
     if differences := config_differences(content["slimming"]["config"], config):
-        raise CheckpointError(
+        raise RunDirectoryError(
             f"{out} holds a run with another configuration: {differences}. "
             "Give the same values to resume it, or start another run with init_from"
         )

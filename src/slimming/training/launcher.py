@@ -19,7 +19,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from slimming import errors as ours
 from slimming.errors import SlimmingError, TrainingError
+from slimming.files import write_text
 
 POLL_S = 0.1
 FOREIGN = ("SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "RANK")
@@ -96,7 +98,7 @@ def _raise_first(place: Path, codes: list[int | None]) -> None:
     # A rank aborts itself when a connection is lost, so that this signal comes after an error; others come before it.
     struck = [k for k in killed if k[1] != signal.SIGABRT] or ([] if errors else killed)
     if errors and errors[0]["kind"] == "ours":
-        raise SlimmingError(errors[0]["message"])
+        raise getattr(ours, errors[0]["class"], SlimmingError)(errors[0]["message"])
     if errors and errors[0]["kind"] == "interrupted":
         raise KeyboardInterrupt
     if struck:
@@ -127,13 +129,12 @@ def serve(place: Path, work: Callable[[dict], object]) -> None:
             "rank": rank,
             "time": time.time(),
             "kind": kind,
+            "class": type(error).__name__,
             "message": message,
             "traceback": traceback.format_exc(),
         }
-        temporary = place / f".error-{rank}"
         with contextlib.suppress(OSError):  # the folder is gone: so is the one to tell
-            temporary.write_text(json.dumps(told))
-            temporary.rename(place / f"error-{rank}.json")
+            write_text(place / f"error-{rank}.json", json.dumps(told))
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

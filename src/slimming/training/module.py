@@ -60,6 +60,7 @@ class SlimmingModule(LightningModule):
         self.accuracy = nn.ModuleDict({f"{s}_acc": MulticlassAccuracy(**accuracy) for s in ("train", "val", "test")})
         self._loss_sum: dict[str, torch.Tensor | float] = {}
         self._count: dict[str, int] = {}
+        self.evaluated: dict[str, int] = {}  # split -> images over all ranks, the last time it was
         self._bad_step: torch.Tensor | None = None  # first step whose loss was not finite, -1 for none
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -168,6 +169,7 @@ class SlimmingModule(LightningModule):
         correct = (self.accuracy[f"{split}_acc"].compute() * count).round()
         sums = torch.stack((self._loss_sum[split].float(), correct, count))
         loss, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.evaluated[split] = int(count)
         self.log(f"{split}/loss", loss / count, sync_dist=True)  # equal on all ranks already; this says so
         self.log(f"{split}/acc", correct / count, sync_dist=True)
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from slimming import checkpoint
 from slimming.channels.penalty import near_zero_share
+from slimming.files import write_text
 from slimming.training.progress import EpochLines
 
 BINS = torch.cat((torch.zeros(1), torch.logspace(-6, 1, 57)))  # |gamma|: eight bins per decade, the first from 0
@@ -107,10 +107,3 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
