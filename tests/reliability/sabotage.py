@@ -181,12 +181,12 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        """Return caught, missed, no change, within rounding (the proof may do either) or false alarm."""
+        """Return caught, missed, dormant (caught, though none of the judge's images shows it), rounding or no change."""
         if self.changed > CLEAR:
             return "caught" if self.caught else "missed"
-        if self.changed > ROUNDING:
-            return "within rounding"
-        return "false alarm" if self.caught else "no change"
+        if self.caught:
+            return "dormant"
+        return "within rounding" if self.changed > ROUNDING else "no change"
 
 
 def attempt(saboteur: str, network: str, ties: str) -> Verdict | None:

@@ -101,7 +101,7 @@ def _outputs(network: nn.Module, example, seen: list[Tensor] | None) -> list[Ten
 
 
 def _lift(thin: nn.Module, masked: nn.Module, plan: PruningPlan, by: float) -> None:
-    """Add `by` times |gamma| to every beta of the masked network that stays, and as much to the thin network's."""
+    """Add `by` times |gamma| + |beta| to every beta of the masked network that stays, and as much to the thin network's."""
     for name, norm in masked.named_modules():
         if (
             by
@@ -109,7 +109,7 @@ def _lift(thin: nn.Module, masked: nn.Module, plan: PruningPlan, by: float) -> N
             and norm.weight is not None
             and norm.bias is not None
         ):
-            amount = by * norm.weight.abs()  # 0 where the channel is pruned
+            amount = by * (norm.weight.abs() + norm.bias.abs())  # 0 where the channel is pruned
             small, layer = thin.get_submodule(name), plan.layers.get(name)
             kept = amount if layer is None else amount[layer.outs]
             for module, more in ((norm, amount), (small, kept)):  # new ones: the copy shares the network's own
