@@ -99,7 +99,11 @@ def archives(folder: Path):
         name = pick.choice(sorted(members))
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if pick.random() < 0.5 else zipfile.ZIP_STORED) as archive:
             for member, data in members.items():
-                new = pick.choice(("../../outside", "/tmp/outside", "a/" * 50, member.upper())) if member == name else member
+                new = (
+                    pick.choice(("../../outside", "/tmp/outside", "a/" * 50, member.upper()))
+                    if member == name
+                    else member
+                )
                 bomb = bytes(pick.choice((10**6, 2 * 10**8))) if pick.random() < 0.3 else damaged_bytes(data, pick)
                 keep_name = pick.random() < 0.5
                 archive.writestr(member if keep_name else new, bomb if member == name else data)

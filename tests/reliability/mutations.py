@@ -5,8 +5,32 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-ODD = (None, True, -1, 0, 2**62, 1e308, float("nan"), float("inf"), "", "../../../etc/passwd", "\0", [], {}, [[]], "${oc.env:HOME}")
-ODD += ({"_target_": "os.system", "command": "touch owned"}, {"_target_": "builtins.eval"}, 10**400, "torchvision", "DEFAULT")
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    2**62,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "../../../etc/passwd",
+    "\0",
+    [],
+    {},
+    [[]],
+    "${oc.env:HOME}",
+)
+ODD += (
+    [[]],
+    "${oc.env:HOME}",
+    {"_target_": "os.system", "command": "touch owned"},
+    {"_target_": "builtins.eval"},
+    10**400,
+    "torchvision",
+    "DEFAULT",
+)
 
 
 def damaged_bytes(data: bytes, pick: random.Random) -> bytes:

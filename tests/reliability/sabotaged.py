@@ -102,7 +102,7 @@ def a_label_shifted_in_a_folder(patch):
     _wrap(patch, ImageFolder, "load", around)
 
 
-@under("stages/test_train_stage.py::test_a_training_leaves_its_record")
+@under("data/test_modules.py::test_evaluation_is_not_augmented")
 def augmentation_in_evaluation(patch):
     from slimming.data.base import ImageData
 
