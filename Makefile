@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-all lint clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
@@ -18,11 +18,17 @@ lint: .venv/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-test: lint ## lint and the whole suite
-	$(RUN) -m pytest
+# Two workers, each with one torch thread (tests/conftest.py); one that is done takes tests from the other.
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
+
+test: lint ## lint and the suite, with a seeded sample of the sets below
+	$(PYTEST) -m 'not complete'
 
 test-fast: lint ## without the tests marked slow
-	$(RUN) -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow and not complete'
+
+test-all: test ## the complete sets of faults too, and results/reliability.md from what they gave
+	$(RUN) benchmarks/reliability.py
 
 clean:
 	rm -rf .venv runs

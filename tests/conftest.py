@@ -1,6 +1,10 @@
 """The shipped configuration, composed as the command line would, and shrunk."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what they start inherits it
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import pytest
 from hydra import compose, initialize_config_dir

@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,6 +22,7 @@ from slimming.folders import release
 from slimming.ranks import rank, started_externally
 
 OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a run that a cluster's SIGTERM has ended, as a shell would say it
 RESUME = {"train": "resume=true ", "finetune": "resume=true ", "slim": ""}
 
 
@@ -36,7 +40,8 @@ def launch(stage: str, cfg: DictConfig) -> float:
 
         if started_externally():
             _refuse_ranks(stage, hydra.mode.name)
-        return stages.run(stage, config, out) if stage in DISTRIBUTED else getattr(stages, stage)(config, out)
+        with _terminable():
+            return stages.run(stage, config, out) if stage in DISTRIBUTED else getattr(stages, stage)(config, out)
     except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
         if stage in RESUME:
             print(f"interrupted: the same command with {RESUME[stage]}hydra.run.dir={out} goes on", file=sys.stderr)
@@ -54,6 +59,29 @@ def launch(stage: str, cfg: DictConfig) -> float:
         release(out)
         if rank() == 0:
             _tidy(out)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run at once as an exception, with exit code 143; Lightning alone would go on, and exit with 0.
+
+    What was being written is then cleared away, and last.ckpt stays that of the last whole epoch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() != own:  # a process that was forked to fetch data
+            os._exit(TERMINATED)
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_ranks(stage: str, mode: str) -> None:

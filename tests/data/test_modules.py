@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import urllib.error
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_batches_cover_an_epoch():
 
 def test_a_last_batch_of_one_image_is_dropped():
     assert [len(y) for _, y in ready(Digits(batch_size=479)).train_dataloader()] == [479, 479, 479]
+
+
+def test_evaluation_is_not_augmented():
+    data = ready(Digits())
+    images, labels = data.splits["test"].__getitems__(list(range(50)))
+    plain = (images / 255 - data.mean[0]) / data.std[0]
+    data.trainer = SimpleNamespace(training=False, lightning_module=SimpleNamespace(dtype=torch.float32))
+    torch.testing.assert_close(data.on_after_batch_transfer((images, labels), 0)[0], plain)
+    data.trainer.training = True
+    assert not torch.allclose(data.on_after_batch_transfer((images, labels), 0)[0], plain, atol=0.1)
 
 
 def test_normalised_batches_have_no_mean_and_unit_deviation():

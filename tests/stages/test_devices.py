@@ -109,7 +109,9 @@ def test_a_rank_that_dies_ends_all_within_seconds(how, words, tmp_path, capfd):
     assert result(tmp_path)["status"] == "failed"
     assert "Connection" not in result(tmp_path)["error"]  # the cause, not what other ranks made of it
     assert capfd.readouterr().err.count("first cause") <= 2  # the exception's line in one traceback
-    left = subprocess.run(["pgrep", "-fc", "slimming.entry"], capture_output=True, text=True).stdout
+    left = subprocess.run(
+        ["pgrep", "-fc", "-P", str(os.getpid()), "slimming.entry"], capture_output=True, text=True
+    ).stdout
     assert int(left) == 0
 
 
