@@ -187,6 +187,7 @@ def recorded(out: Path, result: dict) -> Iterator[dict]:
     result = {"format": 1, "status": "failed", "error": None} | result | {"versions": versions()}
     started = time.monotonic()
     with claimed(out):
+        _refuse_other(result["stage"], out)
         try:
             with quiet():
                 yield result
@@ -197,6 +198,12 @@ def recorded(out: Path, result: dict) -> Iterator[dict]:
                 _leave(out, result | {"error": cause(error)}, started)
             raise
         _leave(out, result | {"status": "finished"}, started)
+
+
+def _refuse_other(stage: str, out: Path) -> None:
+    done = finished(out)
+    if done and done.get("stage") != stage:
+        raise RunDirectoryError(f"{out} holds a finished run of {done.get('stage')}: give another hydra.run.dir")
 
 
 def _leave(out: Path, result: dict, started: float) -> None:

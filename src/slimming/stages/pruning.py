@@ -39,6 +39,7 @@ from slimming.stages.common import (
     weight_bytes,
 )
 from slimming.stages.precision import of_record, settled, warn_of_emulation
+from slimming.stages.training import LAST
 from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
@@ -75,8 +76,9 @@ def prune(cfg: PruneConfig, out: Path) -> float:
     with recorded(out, result) as result:
         cfg = replace(cfg, trainer=settled(cfg.trainer))
         result["config"] = plain(cfg)
-        if (out / PRUNED).exists():
-            raise RunDirectoryError(f"{out} holds a pruned network already: give another hydra.run.dir")
+        for name, what in ((PRUNED, "pruned network"), (LAST, "run")):
+            if (out / name).exists():
+                raise RunDirectoryError(f"{out} holds a {what} already: give another hydra.run.dir")
         result |= _prune(cfg, out)
     return result["metrics"].get("test/acc", math.nan)
 
