@@ -15,12 +15,24 @@ ROOMS = {  # room -> rooms it may import; `errors` is free to all
     "models": set(),
     "data": set(),
     "report": {"channels"},
-    "checkpoint": {"channels", "models"},
-    "ports": {"channels", "checkpoint"},
+    "untrusted": set(),
+    "checkpoint": {"channels", "models", "untrusted"},
+    "ports": {"channels", "checkpoint", "untrusted"},
     "training": {"channels", "checkpoint"},
     "config": {"ranks"},
     "ranks": set(),
-    "stages": {"channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "ranks"},
+    "stages": {
+        "channels",
+        "models",
+        "data",
+        "report",
+        "checkpoint",
+        "ports",
+        "untrusted",
+        "training",
+        "config",
+        "ranks",
+    },
     "entry": {"config", "ranks", "stages"},
     "__init__": set(),
 }
@@ -28,6 +40,7 @@ HEAVY = {
     "channels": {"torch"},
     "models": {"torch", "torchvision", "timm"},
     "checkpoint": {"torch"},
+    "untrusted": {"torch"},
 }  # all they may import
 
 

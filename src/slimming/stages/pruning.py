@@ -36,6 +36,7 @@ from slimming.stages.common import (
     weight_bytes,
 )
 from slimming.training.recorder import BINS, histogram, write_text
+from slimming.untrusted import need
 
 PRUNED = "pruned.ckpt"
 
@@ -126,6 +127,8 @@ def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
     weights = ports.read(cfg.checkpoint)
     content = None if weights is not None else checkpoint.read(cfg.checkpoint)
     before = content["slimming"] if content else {"config": {}, "plans": []}
+    if content:
+        need(before, cfg.checkpoint, "config", "data")
     needed = not cfg.inspect and (cfg.test or cfg.calibrate.batches > 0)
     node = inherit("data", cfg.data, before["config"].get("data"))
     data = _load_data(node, weights is not None) if needed else None

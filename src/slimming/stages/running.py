@@ -17,6 +17,7 @@ from slimming.stages.common import build, finished, inherit, quiet, record_failu
 from slimming.stages.finetuning import finetune
 from slimming.stages.training import train
 from slimming.training import launcher
+from slimming.untrusted import need
 
 DISTRIBUTED: dict[str, Callable[[Any, Path], float]] = {"train": train, "finetune": finetune}
 
@@ -60,7 +61,9 @@ def work(job: dict) -> None:
 def _trainer(cfg: TrainConfig | FinetuneConfig) -> dict:
     if isinstance(cfg, TrainConfig):
         return cfg.trainer
-    return inherit("trainer", cfg.trainer, checkpoint.read(cfg.checkpoint)["slimming"]["config"].get("trainer"))
+    record = checkpoint.read(cfg.checkpoint)["slimming"]
+    need(record, cfg.checkpoint, "config")
+    return inherit("trainer", cfg.trainer, record["config"].get("trainer"))
 
 
 def _processes(trainer: dict) -> int:

@@ -36,6 +36,9 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+from slimming.untrusted import need
+
+PROGRESS = {"epoch": int, "global_step": int, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
 
 
 @dataclass
@@ -240,6 +243,9 @@ def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
     if not resume:
         raise ConfigError(f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir")
     content = checkpoint.read(path)
+    need(content["slimming"], path, "config")
+    if odd := [k for k, kind in PROGRESS.items() if not isinstance(content.get(k), kind)]:
+        raise CheckpointError(f"{path} cannot be resumed: its {odd[0]} is not there or malformed")
     if differences := config_differences(content["slimming"]["config"], config):
         raise CheckpointError(
             f"{out} holds a run with another configuration: {differences}. "
