@@ -18,15 +18,16 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "data": set(),
     "records": set(),
     "report": {"channels", "records"},
-    "checkpoint": {"channels", "models"},
-    "ports": {"channels", "checkpoint"},
+    "untrusted": set(),
+    "checkpoint": {"channels", "models", "untrusted"},
+    "ports": {"channels", "checkpoint", "untrusted"},
     "training": {"channels", "checkpoint"},
     "config": {"folders", "ranks"},
     "folders": {"ranks"},
     "ranks": set(),
     "stages": {
         *("channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "folders", "ranks"),
-        "records",
+        *("records", "untrusted"),
     },
     "entry": {"config", "folders", "ranks", "stages"},
     "__init__": set(),
@@ -35,6 +36,7 @@ HEAVY = {
     "channels": {"torch"},
     "models": {"torch", "torchvision", "timm"},
     "checkpoint": {"torch"},
+    "untrusted": {"torch"},
 }  # all they may import
 
 

@@ -5,6 +5,7 @@ All of it is plain data; the model is a name in `slimming.models` with plain arg
 it to this network, in order.
 """
 
+import contextlib
 import copy
 import errno
 import os
@@ -18,8 +19,9 @@ from torch import nn
 
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune
-from slimming.errors import CheckpointError
+from slimming.errors import CheckpointError, SlimmingError
 from slimming.files import replacing
+from slimming.untrusted import Draft, check_amount, check_plain, check_record, check_tensors
 
 FORMAT = 1
 PREFIX = "model."  # of the network's weights in a LightningModule's state dict
@@ -52,8 +54,10 @@ def read(path: str | os.PathLike) -> dict:
     record = content.get("slimming") if isinstance(content, dict) else None
     if not isinstance(record, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} was not written by slimming: it has no 'slimming' record")
+    check_plain(record, path)
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {record.get('format')!r}, this version reads format {FORMAT}")
+    check_record(record, path)
     return content
 
 
@@ -63,15 +67,27 @@ def read_data(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of ours: it is damaged or holds objects other than tensors and plain data, "
             "which are not loaded because they could run code"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a truncated archive raises many things
         hint = "" if zipfile.is_zipfile(path) else " (truncated, or not a checkpoint)"
         raise CheckpointError(f"{path} cannot be read{hint}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError if an archive unpacks to more than it is; torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise CheckpointError(f"{path} was not written by torch.save: it unpacks to more than its own size")
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -84,13 +100,15 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     Raises:
         CheckpointError: as `read`; or the checkpoint does not name a registered model and none is given, or the weights
             belong to another architecture.
+        ConfigError: it names a network that there is not.
+        PlanError: a plan in it is not valid, or not for that network.
     """
     return rebuild(read(path), path, model)
 
 
 def rebuild(content: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Do what `load` does with the content of a checkpoint that was read already."""
-    thin = architecture(content["slimming"], path, model)
+    thin = architecture(content, path, model)
     weights = load_weights(thin, content, path)
     if floats := [w.dtype for w in weights.values() if w.is_floating_point()]:
         thin.to(floats[0])
@@ -98,23 +116,79 @@ def rebuild(content: dict, path: str | os.PathLike, model: nn.Module | None = No
     return thin.eval()
 
 
-def architecture(record: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """Build the network that a record describes, its plans applied; its weights are slices (see `models.redraw`)."""
-    if model is None:
-        from slimming import models
+def architecture(
+    content: dict, path: str | os.PathLike, model: nn.Module | None = None, *, pruned: bool = True
+) -> nn.Module:
+    """Build the network that a checkpoint describes; its weights are slices (see `models.redraw`).
 
-        spec = record.get("model")
-        if not spec:
-            raise CheckpointError(
-                f"{path} holds a network that is not registered in slimming.models: load(path, model=...), "
-                "or model._target_=<class> on the command line"
-            )
-        model = models.build(spec["name"], **spec["arguments"])
+    Without `model` it is first built without numbers, its plans applied, and compared with the weights in the file. Only
+    then is it built for real: by its own constructor rather than by filling the outline, so that buffers that are in no
+    file, and constants, are what the constructor makes them.
+
+    Args:
+        pruned: apply the plans.
+    """
+    weights = _weights(content, path)
+    if model is None:
+        _check_outline(content["slimming"], weights, path)
+        with _told(path):
+            model = _build(content["slimming"], Draft(weights, path, real=True), path)
     else:
         model = copy.deepcopy(model)
+    with _told(path):
+        return _pruned(model, content["slimming"]) if pruned else model
+
+
+def _check_outline(record: dict, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Raise a SlimmingError unless the network of a record, its plans applied, has the shapes of the weights.
+
+    The few networks whose constructors compute with their weights have no outline; Draft bounds what building them takes.
+    """
+    try:
+        outline = _build(record, Draft(weights, path, real=False), path)
+    except SlimmingError:
+        raise
+    except Exception:
+        return
+    with _told(path):
+        outline = _pruned(outline, record)
+    _compare(outline, weights, record, path)
+    check_amount(outline, weights, path)
+
+
+def _build(record: dict, draft: Draft, path: str | os.PathLike) -> nn.Module:
+    """Build the dense network of a record; pretrained weights that it names are neither opened nor fetched."""
+    from slimming import models
+
+    spec = record.get("model")
+    if not spec:
+        raise CheckpointError(
+            f"{path} holds a network that is not registered in slimming.models: load(path, model=...), "
+            "or model._target_=<class> on the command line"
+        )
+    arguments = models.spec(spec["name"], spec["arguments"])["arguments"]
+    if "weights" in arguments:
+        arguments = arguments | {"weights": None}
+    with draft:
+        return models.build(spec["name"], **arguments)
+
+
+def _pruned(model: nn.Module, record: dict) -> nn.Module:
     for plan in record["plans"]:
         model = prune(model, PruningPlan.from_dict(plan), verify=False)
     return model
+
+
+@contextlib.contextmanager
+def _told(path: str | os.PathLike):
+    """Turn whatever a network or its surgery objects to in a file's values into one clear error."""
+    try:
+        yield
+    except SlimmingError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: no network is as it describes ({type(error).__name__}: {reason})") from error
 
 
 def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -123,20 +197,31 @@ def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> di
     Raises:
         CheckpointError: of another architecture; names the first difference.
     """
-    weights = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
+    weights = _weights(content, path)
+    _compare(model, weights, content["slimming"], path)
+    model.load_state_dict(weights)
+    return weights
+
+
+def _weights(content: dict, path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Return the network's weights among those of a LightningModule."""
+    state = {k: v for k, v in content["state_dict"].items() if str(k).startswith(PREFIX)}
+    check_tensors(state, path)
+    return {k.removeprefix(PREFIX): v for k, v in state.items()}
+
+
+def _compare(model: nn.Module, weights: dict[str, torch.Tensor], record: dict, path: str | os.PathLike) -> None:
     own = model.state_dict()
     for key in [*own, *weights]:
         here, there = (tuple(d[key].shape) if key in d else "nothing" for d in (own, weights))
         if here != there:
-            kind = describe(content["slimming"])
             raise CheckpointError(
-                f"{path} holds another architecture ({kind}): {key} is {there} there and {here} in this network"
+                f"{path} holds another architecture ({describe(record)}): "
+                f"{key} is {there} there and {here} in this network"
             )
-    model.load_state_dict(weights)
-    return weights
 
 
 def describe(record: dict) -> str:
     """Name the network of a record: `vgg(depth=19, width=0.25, ...)`."""
     spec = record.get("model") or {"name": "unregistered", "arguments": {}}
-    return f"{spec['name']}({', '.join(f'{k}={v}' for k, v in spec['arguments'].items())})"
+    return f"{spec['name']}({', '.join(f'{k}={v}' for k, v in spec['arguments'].items())[:300]})"

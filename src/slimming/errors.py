@@ -56,7 +56,7 @@ def check_ratio(value) -> None:
 
 def check_choice(key: str, value, allowed) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
+    if value not in list(allowed):
         raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 

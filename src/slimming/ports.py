@@ -19,6 +19,7 @@ from slimming.channels.criteria import Choice, Criterion
 from slimming.channels.surgery import prune
 from slimming.channels.trace import trace
 from slimming.errors import CheckpointError
+from slimming.untrusted import check_tensors
 
 SELECT = "select.indexes"
 
@@ -30,7 +31,7 @@ def read(path: str | os.PathLike) -> dict[str, Tensor] | None:
     what weights_only allows, because they build numbers only.
 
     Raises:
-        CheckpointError: missing, damaged, or holding code (which is not run).
+        CheckpointError: missing, damaged, holding code (which is not run), or tensors that are not what they claim.
     """
     scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
     numbers = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
@@ -40,14 +41,23 @@ def read(path: str | os.PathLike) -> dict[str, Tensor] | None:
     state = content.get("state_dict") if isinstance(content, dict) and "slimming" not in content else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         return None
-    weights = {k.removeprefix("module."): v for k, v in state.items()}
-    return weights if any(k.startswith("feature.") for k in weights) or "conv1.weight" in weights else None
+    weights = {str(k).removeprefix("module."): v for k, v in state.items()}
+    if not any(k.startswith("feature.") for k in weights) and "conv1.weight" not in weights:
+        return None
+    check_tensors(state, path)
+    return weights
 
 
 def heads(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return {num_classes, in_channels} of a port's network: of its last linear and its first convolutional weight."""
+    """Return {num_classes, in_channels} of a port's network: of its last linear and its first convolutional weight.
+
+    Raises:
+        CheckpointError: it has none.
+    """
     matrices = [w for w in weights.values() if w.ndim == 2]
     filters = [w for w in weights.values() if w.ndim == 4]
+    if not matrices or not filters:
+        raise CheckpointError("the port's checkpoint is malformed: it lacks a linear or a convolutional weight")
     return {"num_classes": len(matrices[-1]), "in_channels": filters[0].shape[1]}
 
 
@@ -88,6 +98,8 @@ def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike
     """Write a port's weights into the dense network, zeros elsewhere; return the kept channels of every BatchNorm."""
     own = dense.state_dict()
     chosen = {k[: -len(SELECT)]: w.bool() for k, w in weights.items() if k.endswith(SELECT)}
+    if odd := [k for k, w in chosen.items() if w.ndim != 1]:
+        raise CheckpointError(f"{path} is malformed: {odd[0]}{SELECT} is no list of channels")
     expected = {k for k in own if not k.endswith("num_batches_tracked")}  # which older torch did not have
     found = {k for k in weights if not k.endswith(("num_batches_tracked", SELECT))}
     if odd := sorted(expected ^ found):
@@ -97,10 +109,10 @@ def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike
     for name, module in dense.named_modules():
         for key in (k for k, v in (*module._parameters.items(), *module._buffers.items()) if v is not None):
             target, value = own[f"{name}.{key}"], weights.get(f"{name}.{key}")
-            if value is None or value.ndim == 0:
+            if value is None or (value.ndim == 0 and target.ndim == 0):
                 continue
             axes = _places(name, module, value, chosen)
-            if value.ndim != target.ndim or any(int(a.max()) >= n for a, n in zip(axes, target.shape, strict=True)):
+            if not _fits(value, axes, target):
                 raise CheckpointError(
                     f"{path} is of another network than model=...: {name}.{key} is {tuple(value.shape)} there, "
                     f"{tuple(target.shape)} in the dense network (DenseNet ports: model.init_channels=24)"
@@ -111,6 +123,8 @@ def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike
             stays = chosen.get(_block(name)) if name.rpartition(".")[2] in ("bn1", "bn") else None
             if stays is None:
                 stays = torch.arange(module.num_features) < len(weights[f"{name}.weight"])
+            if len(stays) != module.num_features:
+                raise CheckpointError(f"{path} is malformed: {_block(name)}{SELECT} does not match {name}")
             kept[name] = stays
             module.weight.data[~stays] = 0
             module.bias.data[~stays] = 0
@@ -124,6 +138,14 @@ def _places(name: str, module: nn.Module, value: Tensor, chosen: dict[str, Tenso
     if value.ndim > 1 and reader and _block(name) in chosen:
         axes[1] = chosen[_block(name)].nonzero().flatten().numpy()
     return axes
+
+
+def _fits(value: Tensor, axes: list[np.ndarray], target: Tensor) -> bool:
+    """Return whether a port's tensor has a place for every number, along every axis of the dense tensor."""
+    return value.ndim == target.ndim and all(
+        len(axis) == size and size > 0 and int(axis.max()) < n
+        for axis, size, n in zip(axes, value.shape, target.shape, strict=True)
+    )
 
 
 def _block(name: str) -> str:

@@ -124,6 +124,8 @@ def set_indices(norm: _BatchNorm, select: Tensor | None, place: Tensor | None, w
         return
     _become(norm, InnerSelectBatchNorm if not has_plain_forward(norm) else SelectBatchNorm)
     device = next((t.device for t in (*norm._parameters.values(), *norm._buffers.values()) if t is not None), None)
+    if device is not None and device.type == "meta":
+        device = torch.device("cpu")  # of an outline too: they tell one architecture from another
     for name, index in (("select", select), ("place", place)):
         norm.register_buffer(name, None if index is None else index.to(device), persistent=False)
     norm.width = width

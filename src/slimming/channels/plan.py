@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,18 @@ from torch import Tensor, nn
 from slimming.errors import PlanError
 
 FORMAT = 2  # 1 had no attributes
+FIELDS = {"fingerprint": str, "network": str, "keep": dict, "layers": dict, "asked": dict, "got": dict}
+FIELDS |= {"train_watched": bool, "train_reason": str, "attributes": list}
+COUNTED = (
+    "removed",
+    "candidates",
+    "ratio",
+    "put_back",
+    "followed",
+    "macs",
+    "params",
+)  # of `got`, as `describe` shows it
+LARGEST = 2**30  # numbers of one example input
 KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm", "scale")
 
 
@@ -41,6 +54,8 @@ class LayerPlan:
         """Raise PlanError unless the indices are sorted, distinct and within the layer."""
         if self.kind not in KINDS:
             raise PlanError(f"plan: layer {name} is of an unknown kind {self.kind!r}; allowed: {', '.join(KINDS)}")
+        if not (isinstance(self.size, tuple) and len(self.size) == 2 and all(_is_whole(n, 1) for n in self.size)):
+            raise PlanError(f"plan: size of layer {name} must be two whole numbers >= 1, got {str(self.size)[:100]}")
         sides = [("ins", self.ins, self.size[0]), ("outs", self.outs, self.size[1])]
         sides += [(k, v, 2**31) for k, v in (("select", self.select), ("place", self.place)) if v is not None]
         for side, indices, size in sides:
@@ -50,6 +65,14 @@ class LayerPlan:
                 raise PlanError(f"plan: {side} of layer {name} must be 1 to {size} whole numbers in [0, {size})")
             if len(set(indices)) < len(indices) or (ordered and sorted(indices) != indices):
                 raise PlanError(f"plan: {side} of layer {name} must be sorted and distinct")
+        self._check_norm(name)
+
+    def _check_norm(self, name: str) -> None:
+        for side, indices in (("select", self.select), ("place", self.place)):
+            if indices is not None and (self.kind != "norm" or len(indices) != len(self.outs)):
+                raise PlanError(f"plan: {side} of layer {name} must be of a norm, one index for each of its channels")
+        if not _is_whole(self.width, 1 + max(self.place) if self.place else 0):
+            raise PlanError(f"plan: width of layer {name} must be a whole number beyond place, got {self.width!r}")
 
 
 @dataclass
@@ -87,6 +110,9 @@ class PruningPlan:
     format: int = field(default=FORMAT)
 
     def __post_init__(self):
+        for key, kind in FIELDS.items():
+            if not isinstance(getattr(self, key), kind):
+                raise PlanError(f"plan: {key} must be a {kind.__name__}, got {str(getattr(self, key))[:100]}")
         if self.compare not in ("outputs", "layers"):
             raise PlanError(f"plan: compare must be outputs or layers, got {self.compare!r}")
         for name, layer in self.layers.items():
@@ -115,8 +141,13 @@ class PruningPlan:
             layers = {
                 name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
             }
+            _check_spec(data["spec"])
+            if odd := [k for k in COUNTED if not isinstance(data["got"][k], int | float)]:
+                raise PlanError(f"plan: {odd[0]} in got must be a number")
             return cls(**{**data, "layers": layers, "format": FORMAT})
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise PlanError(f"plan: not a pruning plan ({type(error).__name__}: {error})") from error
 
     def to_json(self) -> str:
@@ -127,7 +158,7 @@ class PruningPlan:
         """Raises PlanError: not JSON, or not a plan."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"plan: not JSON ({error})") from error
         if not isinstance(data, dict):
             raise PlanError("plan: not a JSON object")
@@ -153,6 +184,30 @@ class PruningPlan:
         if not self.train_watched:
             lines.append(f"not watched in train mode: {self.train_reason}")
         return "\n".join(lines)
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return type(value) is int and low <= value < 2**31
+
+
+def _check_spec(spec: dict, depth: int = 0) -> None:
+    """Raise PlanError unless `draw_input` can draw an input of a spec."""
+    if depth > 20:
+        raise PlanError("plan: spec is nested too deep")
+    if "shape" in spec:
+        good = isinstance(spec["shape"], list) and all(_is_whole(n, 0) for n in spec["shape"])
+        if not good or math.prod(spec["shape"]) > LARGEST or not isinstance(_dtype(spec["dtype"]), torch.dtype):
+            raise PlanError(f"plan: spec has an input that cannot be: {str(spec)[:100]}")
+        return
+    parts = [*spec["dict"].values()] if "dict" in spec else spec.get("list", spec.get("tuple"))
+    for part in parts or ():
+        _check_spec(part, depth + 1)
+    if parts is None and "value" not in spec:
+        raise PlanError(f"plan: spec is of no known kind: {str(spec)[:100]}")
+
+
+def _dtype(name: str) -> Any:
+    return getattr(torch, name, None)
 
 
 def _check_attribute(entry: Any) -> None:

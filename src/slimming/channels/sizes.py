@@ -122,10 +122,15 @@ def _collect(values: Iterable, found: list[Size]) -> list[Size]:
     return found
 
 
+def has_sizes(module: nn.Module) -> bool:
+    """Return whether sizes are looked for in a module's attributes."""
+    return not (type(module).__module__.startswith("torch.nn.") or isinstance(module, RESIZED))
+
+
 def mark_sizes(model: nn.Module) -> None:
     """Replace the whole numbers among the attributes of all modules by Sizes; in place."""
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn.") or isinstance(module, RESIZED):
+        if not has_sizes(module):
             continue
         for attribute, value in module.__dict__.items():
             if type(value) is int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimming.channels.copying import copy_model, light_copy
 from slimming.channels.layers import set_indices
 from slimming.channels.plan import LayerPlan, PruningPlan, draw_input
-from slimming.channels.sizes import attribute_name, read_attribute, write_attribute
+from slimming.channels.sizes import Attribute, attribute_name, has_sizes, read_attribute, write_attribute
 from slimming.channels.watch import call_model, tensors_in
 from slimming.errors import PlanError
 
@@ -265,6 +265,10 @@ def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
     except AttributeError:
         return
     if layer.kind == "norm":
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise PlanError(f"plan: layer {name} is no BatchNorm in this network")
+        if layer.width > max(layer.size[1], getattr(module, "width", 0)):
+            raise PlanError(f"plan: width of layer {name} must not be more than its channels, got {layer.width}")
         module.num_features = len(layer.outs)
         select, place = (None if i is None else torch.tensor(i) for i in (layer.select, layer.place))
         set_indices(module, select, place, layer.width)
@@ -282,10 +286,17 @@ def _set_sizes(model: nn.Module, plan: PruningPlan) -> None:
     """Set the sizes that modules keep in attributes."""
     for module, name, position, value in plan.attributes:
         attribute = (module, name, position)
-        try:
-            old = read_attribute(model, attribute)
-        except (AttributeError, IndexError, TypeError):
-            old = None
-        if type(old) is not int:
-            raise PlanError(f"plan: {attribute_name(attribute)} is not a size in this network")
+        if not 0 <= value <= _size(model, attribute):
+            raise PlanError(f"plan: {attribute_name(attribute)} is not a size in this network that {value} can follow")
         write_attribute(model, attribute, value)
+
+
+def _size(model: nn.Module, attribute: Attribute) -> int:
+    """Return the size in an attribute of a module's own, -1 if that is none."""
+    try:
+        owner = model.get_submodule(attribute[0])
+        known = has_sizes(owner) and isinstance(vars(owner)[attribute[1]], int | list | tuple)
+        value = read_attribute(model, attribute) if known else None
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return -1
+    return value if type(value) is int else -1

@@ -4,6 +4,7 @@ Every factory takes `num_classes` and `in_channels`; the own networks end in glo
 size that their strides allow works.
 """
 
+import inspect
 from collections.abc import Callable
 
 from torch import nn
@@ -32,13 +33,17 @@ def build(name: str, /, **arguments) -> nn.Module:
     """
     if name not in REGISTRY:
         raise ConfigError(f"no model is registered as {name!r}; there are {', '.join(REGISTRY)}")
+    try:
+        inspect.signature(REGISTRY[name]).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"model {name}: {error}") from error
     return REGISTRY[name](**arguments)
 
 
 def spec(name: str, arguments: dict) -> dict:
     """Return {name, arguments} that rebuild a network's architecture: without the pretrained weights it started from."""
     if arguments.get("weights"):
-        normalises = {"transform_input": True} if name == "torchvision" and arguments["name"] in NORMALISING else {}
+        normalises = {"transform_input": True} if name == "torchvision" and arguments.get("name") in NORMALISING else {}
         arguments = arguments | {"weights": None} | normalises
     return {"name": name, "arguments": arguments}
 

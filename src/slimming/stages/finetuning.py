@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from slimming.channels.surgery import prune_optimizer_state
 from slimming.config import FinetuneConfig, TrainConfig, plain
 from slimming.data import ImageData
 from slimming.data.sampler import mix
-from slimming.errors import ConfigError
+from slimming.errors import ConfigError, check_number
 from slimming.models import redraw
 from slimming.stages.common import (
     build,
@@ -30,11 +31,13 @@ from slimming.stages.common import (
 from slimming.stages.precision import settled
 from slimming.stages.training import LAST, Network, fit, resume_point
 from slimming.training.module import parameter_groups
+from slimming.untrusted import need
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
 SAME = ("sparsity", "penalty", "compile", "sync_batchnorm", "resume", "logger", "callbacks")  # of both configurations
 LENGTHS = ("max_epochs", "T_max")  # values of a schedule that are the number of epochs
 SCRATCH = 0x5C7A7C4  # sets the seed of fresh weights apart
+MOST_EVER = 10**6  # epochs; a file may claim any number
 MOST_EPOCHS = 4  # times as many as asked, with epochs_by=macs
 
 
@@ -56,6 +59,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
     with recorded(out, result) as result:
         content = checkpoint.read(cfg.checkpoint)
         record = content["slimming"]
+        need(record, cfg.checkpoint, "config", "data")
         recipe = recipe_of(cfg, record)
         recipe.trainer = settled(recipe.trainer, out / LAST)
         result["seed"] = recipe.seed
@@ -65,7 +69,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         if not record["plans"] and rank_zero():
             print(f"{cfg.checkpoint} was never pruned: it is trained further as it is")
         if cfg.epochs_by == "macs":
-            dense = checkpoint.architecture(record | {"plans": []}, cfg.checkpoint, _own(cfg, data))
+            dense = checkpoint.architecture(content, cfg.checkpoint, _own(cfg, data), pruned=False)
             _stretch(recipe, dense, network.model, example_of(data))
         network.extra = extra
         network.teacher = _teacher(cfg.distill.teacher, data, _own(cfg, data))
@@ -93,6 +97,7 @@ def recipe_of(cfg: FinetuneConfig, record: dict) -> TrainConfig:
             "trainer.max_epochs is missing: a trainer that is given replaces the checkpoint's whole, and this one "
             "(one_device is prune.py's) has none; give trainer=default trainer.max_epochs=<number>, or single values alone"
         )
+    check_number("trainer.max_epochs", epochs, 1, MOST_EVER, whole=True)
     groups["scheduler"] = fit_schedule(groups["scheduler"], before.get("trainer", {}).get("max_epochs"), epochs)
     seed = before.get("seed", 1) if cfg.seed is None else cfg.seed
     if cfg.data.get("seed") is None:
@@ -128,15 +133,15 @@ def _network(cfg: FinetuneConfig, recipe: TrainConfig, content: dict, data: Imag
     if trained_for != heads:
         raise ConfigError(f"the data have {heads}, {cfg.checkpoint} was trained for {trained_for}")
     for plan in record["plans"]:
-        if not plan["train_watched"]:
+        if not plan.get("train_watched", True):
             raise ConfigError(
                 f"{cfg.checkpoint} cannot be fine-tuned: the network could not be run in train mode when it was pruned "
-                f"({plan['train_reason']}), so layers that only run there were not resized; prune it by the library with "
-                "slimming.trace(..., train_input=...)"
+                f"({plan.get('train_reason')}), so layers that only run there were not resized; prune it by the library "
+                "with slimming.trace(..., train_input=...)"
             )
     dense = _own(cfg, data)
     if cfg.init == "scratch":
-        model = checkpoint.architecture(record, cfg.checkpoint, dense)
+        model = checkpoint.architecture(content, cfg.checkpoint, dense)
         # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
         torch.manual_seed(mix(recipe.seed, SCRATCH))
         redraw(model, record["model"] if dense is None else model_spec(cfg.model, heads))
@@ -150,21 +155,29 @@ def _network(cfg: FinetuneConfig, recipe: TrainConfig, content: dict, data: Imag
 
 def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: dict, dense: nn.Module | None) -> dict:
     """Return the optimizer state of the training before the last pruning, sliced as the weights were."""
-    path = Path(cfg.checkpoint).parent / record.get("parent", "")
-    if record["stage"] != "prune" or not path.is_file():
+    path = Path(cfg.checkpoint).parent / (record.get("parent") or "")
+    if record.get("stage") != "prune" or not record["plans"] or not path.is_file():
         raise ConfigError(f"optimizer_state=true needs the checkpoint that {cfg.checkpoint} was pruned from, at {path}")
     before = checkpoint.read(path)
-    if not before.get("optimizer_states"):
+    need(before["slimming"], path, "config")
+    if not _has_state(before.get("optimizer_states")):
         raise ConfigError(f"optimizer_state=true: {path} holds no optimizer state")
-    was, now = (c["optimizer"]["_target_"] for c in (before["slimming"]["config"], plain(recipe)))
+    was, now = (c.get("optimizer", {}).get("_target_") for c in (before["slimming"]["config"], plain(recipe)))
     if was != now:
         raise ConfigError(f"optimizer_state=true: the training used {was}, this one uses {now}")
-    wide = checkpoint.architecture(before["slimming"], path, dense)
+    wide = checkpoint.architecture(before, path, dense)
     names = [n for _, group in parameter_groups(wide, recipe.decay_batchnorm) for n in group]
-    if recipe.decay_batchnorm != before["slimming"]["config"]["decay_batchnorm"]:
+    if recipe.decay_batchnorm != before["slimming"]["config"].get("decay_batchnorm", True):
         raise ConfigError("optimizer_state=true needs the decay_batchnorm of the training")
     plan = PruningPlan.from_dict(record["plans"][-1])
     return prune_optimizer_state(before["optimizer_states"][0], wide, plan, names)
+
+
+def _has_state(states: Any) -> bool:
+    """Return whether a checkpoint's optimizer states are those of one optimizer, as torch saves them."""
+    good = isinstance(states, list) and len(states) == 1 and isinstance(states[0], dict)
+    state = states[0].get("state") if good else None
+    return isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())
 
 
 def _stretch(recipe: TrainConfig, dense: nn.Module, thin: nn.Module, example: torch.Tensor) -> None:

@@ -41,6 +41,7 @@ from slimming.stages.common import (
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.training import LAST
 from slimming.training.recorder import BINS, histogram
+from slimming.untrusted import need
 
 PRUNED = "pruned.ckpt"
 
@@ -139,6 +140,8 @@ def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
     weights = ports.read(cfg.checkpoint)
     content = None if weights is not None else checkpoint.read(cfg.checkpoint)
     before = content["slimming"] if content else {"config": {}, "plans": []}
+    if content:
+        need(before, cfg.checkpoint, "config", "data")
     needed = not cfg.inspect and (cfg.test or cfg.calibrate.batches > 0)
     node = inherit("data", cfg.data, before["config"].get("data"))
     data = _load_data(node, weights is not None) if needed else None

@@ -21,6 +21,7 @@ from slimming.stages.finetuning import finetune
 from slimming.stages.precision import AUTO, settled
 from slimming.stages.training import LAST, train
 from slimming.training import launcher
+from slimming.untrusted import need
 
 DISTRIBUTED: dict[str, Callable[[Any, Path], float]] = {"train": train, "finetune": finetune}
 
@@ -76,7 +77,9 @@ def work(job: dict) -> None:
 def _trainer(cfg: TrainConfig | FinetuneConfig) -> dict:
     if isinstance(cfg, TrainConfig):
         return cfg.trainer
-    return inherit("trainer", cfg.trainer, checkpoint.read(cfg.checkpoint)["slimming"]["config"].get("trainer"))
+    record = checkpoint.read(cfg.checkpoint)["slimming"]
+    need(record, cfg.checkpoint, "config")
+    return inherit("trainer", cfg.trainer, record["config"].get("trainer"))
 
 
 def _processes(trainer: dict) -> int:

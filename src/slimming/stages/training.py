@@ -15,7 +15,7 @@ from slimming.channels.layers import synchronise
 from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
-from slimming.errors import ConfigError, RunDirectoryError
+from slimming.errors import CheckpointError, ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
 from slimming.records import config_differences
 from slimming.report import figures
@@ -38,6 +38,9 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+from slimming.untrusted import need
+
+PROGRESS = {"epoch": int, "global_step": int, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
 
 LAST = "last.ckpt"
 
@@ -251,6 +254,9 @@ def resume_point(resume: bool, config: dict, out: Path) -> dict | None:
             f"{out} holds a run already: go on with it by resume=true, or give another hydra.run.dir"
         )
     content = checkpoint.read(path)
+    need(content["slimming"], path, "config")
+    if odd := [k for k, kind in PROGRESS.items() if not isinstance(content.get(k), kind)]:
+        raise CheckpointError(f"{path} cannot be resumed: its {odd[0]} is not there or malformed")
     if differences := config_differences(content["slimming"]["config"], config):
         raise RunDirectoryError(
             f"{out} holds a run with another configuration: {differences}. "
