@@ -15,7 +15,7 @@ from slimming.channels.layers import synchronise
 from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
-from slimming.errors import ConfigError, RunDirectoryError
+from slimming.errors import CheckpointError, ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
 from slimming.records import config_differences
 from slimming.report import figures
@@ -124,6 +124,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     recorder = Recorder(out)
     trainer = _trainer(cfg, out, recorder)
     _meet(trainer, data)
+    if start:
+        _check_data(start["slimming"].get("data"), data, out)
     if cfg.sync_batchnorm:
         network.model = module.model = _synchronised(model, trainer)
     say = trainer.print
@@ -180,6 +182,14 @@ def _meet(trainer: pl.Trainer, data: ImageData) -> None:
         data.prepare_data()
     trainer.strategy.barrier()
     data.setup()
+
+
+def _check_data(before: dict | None, data: ImageData, out: Path) -> None:
+    """Raise CheckpointError if the data are not those that the run began with, as far as their statistics tell."""
+    if before is not None and (differences := config_differences({"data": before}, {"data": data.statistics()})):
+        raise CheckpointError(
+            f"the data have changed since {out} began: {differences}. Put them back to resume it, or start another run"
+        )
 
 
 def _synchronised(model: nn.Module, trainer: pl.Trainer) -> nn.Module:
