@@ -130,10 +130,14 @@ def _lock(folder: Path) -> int | None:
             if _is(descriptor, path):
                 break
             os.close(descriptor)  # removed by a run that ended in this moment
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(_about_me()).encode())
-    _close_in_children()
-    remove_temporaries(folder)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(_about_me()).encode())
+        _close_in_children()
+        remove_temporaries(folder)
+    except BaseException:  # a full disk: the lock may not outlive the claim that failed
+        os.close(descriptor)
+        raise
     return descriptor
 
 

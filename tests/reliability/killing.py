@@ -27,9 +27,11 @@ ROOT = Path(__file__).parents[2]
 IMPORTED = (lightning.pytorch, zoo, slimming.ports, slimming.report.figures, slimming.stages)
 SMALL = ["model=vgg11", "model.widths=[4,M,6]", "data=digits", "data.image_size=8", "data.crop=1"]
 SMALL += ["trainer.limit_train_batches=4", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
-TRAIN = [*SMALL, "trainer.max_epochs=4", "sparsity=0.01"]
-SLIM = [*TRAIN, "ratio=0.5", "latency_batch=0", "calibrate.batches=2", "finetune.max_epochs=2"]
+TRAIN = [*SMALL, "trainer.max_epochs=40", "sparsity=0.01"]
+SLIM = [*TRAIN, "ratio=0.5", "latency_batch=0", "calibrate.batches=2", "finetune.max_epochs=20"]
 PRUNE = ["ratio=0.5", "latency_batch=0", "calibrate.batches=2", "trainer.accelerator=cpu"]
+STRUCK: list[bool] = []  # whether the kill came before the end
+RESUMED: list[bool] = []  # whether the second start went on inside a training
 TIMING = {"time_s", "images_per_s", "wall_time_s", "resume", "parent", "checkpoint"}
 
 
@@ -133,20 +135,22 @@ def strike(command: str, number: int, folder: Path, seconds: float, wanted: dict
     """Kill one run and start it again; return what is wrong in the end, "" for nothing."""
     pick, out, log = random.Random(f"{command} {number}"), folder / f"killed{number}", folder / f"log{number}"
     argv = arguments("train" if command in ("writing", "terminated") else command, out)
-    pid = start(argv, log, pick.randrange(1, 5) if command == "writing" else None)
+    pid = start(argv, log, pick.randrange(2, 40) if command == "writing" else None)
     if command != "writing":
-        time.sleep(pick.uniform(0.1, 0.95) * seconds)
+        time.sleep(pick.uniform(0.3, 0.98) * seconds)
         os.kill(pid, signal.SIGTERM if command == "terminated" else signal.SIGKILL)
     code = finish(pid)
     allowed = (128 + signal.SIGTERM, -signal.SIGTERM, 0) if command == "terminated" else (-signal.SIGKILL, 0)
     if code not in allowed:
         return f"exit code {code}"
-    if code != 0 or command not in ("prune",):
+    STRUCK.append(code != 0)
+    if code != 0 or command != "prune":  # which refuses to overwrite what it has finished
         again = finish(start(argv, log))
         if again != 0:
             return f"again: exit code {again}: {log.read_text()[-300:]}"
     if halves := [str(p) for p in out.rglob(".*.tmp")]:
         return f"left over: {halves}"
+    RESUMED.append("resuming after epoch" in log.read_text())
     return difference(left(out), wanted)
 
 
@@ -155,7 +159,12 @@ def main(command: str, first: int, count: int, folder: Path) -> None:
     os.chdir(folder)
     wanted, seconds = undisturbed("train" if command in ("writing", "terminated") else command, folder)
     wrong = {n: strike(command, n, folder, seconds, wanted) for n in range(first, first + count)}
-    report = {"kills": count, "seconds": seconds, "wrong": {k: v for k, v in wrong.items() if v}}
+    report = {
+        "kills": count,
+        "before_the_end": sum(STRUCK),
+        "seconds": seconds,
+        "wrong": {k: v for k, v in wrong.items() if v},
+    }
     Path("report.json").write_text(json.dumps(report))
 
 

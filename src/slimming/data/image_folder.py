@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,7 +90,20 @@ class ImageFolder(ImageData):
         return images, labels
 
     def _read(self, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        data = torch.load(self._cache(part), weights_only=True)
+        """Read the cache; an exception of any kind if it is not, to the last bit, what `_fill` has written."""
+        path, side = self._cache(part), self.image_size
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load looks at no checksum
+                raise DataError(f"{path} is damaged")
+        data = torch.load(path, weights_only=True)
+        labels = torch.tensor([i for i, name in enumerate(self.classes) for _ in self.files[part][name]])
+        n, channels = len(labels), self.in_channels
+        kinds = {"images": ((n, channels, side, side), torch.uint8), "moments": ((n, 2, channels), torch.float64)}
+        if not torch.equal(data["labels"], labels) or any(
+            (tuple(data[key].shape), data[key].dtype) != kind or not data[key].is_contiguous()
+            for key, kind in kinds.items()
+        ):
+            raise DataError(f"{path} holds something else")
         return data["images"], data["labels"], data["moments"]
 
     def _measure(self, moments: torch.Tensor) -> None:
@@ -101,7 +115,10 @@ class ImageFolder(ImageData):
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self.image_size} {self.resize}".encode())
         for name in self.classes:
             for file in self.files[part][name]:
-                stat = file.stat()
+                try:
+                    stat = file.stat()
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read ({error}): mend or remove it") from error
                 digest.update(f"{name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return self.cache_dir / f"{part}-{digest.hexdigest()[:20]}.pt"
 

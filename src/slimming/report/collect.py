@@ -135,6 +135,11 @@ def _fault(result: Any) -> str:
     for key, kind in wanted.items():
         if not isinstance(result.get(key), kind):
             return f"incomplete: {key} is {'missing' if key not in result else 'of another kind'}"
+    for key, kind in {"seed": int, "data": str, "parent": str, "n_test": int, "history": list}.items():
+        if not isinstance(result.get(key), kind | None):
+            return f"incomplete: {key} is of another kind"
+    if not all(isinstance(value, float | int | None) for value in result["metrics"].values()):
+        return "incomplete: metrics are not numbers"
     if result["role"] not in ROLES:
         return f"unknown role {result['role']!r}"
     costs = ("cost", "cost_before") if result["role"] == "pruned" else ("cost",)

@@ -132,6 +132,8 @@ def fit(cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: d
     if start:
         precision.check_kept(trainer, cfg.trainer.get("precision"))
     _meet(trainer, data)
+    if start:
+        _check_data(start["slimming"].get("data"), data, out)
     if cfg.sync_batchnorm:
         network.model = module.model = _synchronised(model, trainer)
     say = trainer.print
@@ -189,6 +191,14 @@ def _meet(trainer: pl.Trainer, data: ImageData) -> None:
         data.prepare_data()
     trainer.strategy.barrier()
     data.setup()
+
+
+def _check_data(before: dict | None, data: ImageData, out: Path) -> None:
+    """Raise CheckpointError if the data are not those that the run began with, as far as their statistics tell."""
+    if before is not None and (differences := config_differences({"data": before}, {"data": data.statistics()})):
+        raise CheckpointError(
+            f"the data have changed since {out} began: {differences}. Put them back to resume it, or start another run"
+        )
 
 
 def _synchronised(model: nn.Module, trainer: pl.Trainer) -> nn.Module:
