@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import slimming
 from slimming import models
-from slimming.channels.sizes import Size, match, new_values
+from slimming.channels.sizes import Given, Size, match, new_values
 from slimming.errors import PlanError
 
 IMAGE = torch.randn(1, 3, 8, 8, dtype=torch.float64)
@@ -263,7 +263,8 @@ def test_sizes_remember_what_they_are_made_of():
         new_values([(a, 5), (a // 2, 6)], module)
 
 
-def test_equal_numbers_are_told_apart_by_their_order():
+def test_equal_numbers_are_told_apart_by_their_place_or_their_number():
     first, second = Size.of(("", "x", None), 4), Size.of(("", "y", None), 4)
-    assert match([4, 7, 4], [first, second]) == [first, None, second]
-    assert [s and s.made_of for s in match([4, 4, 4], [first, second])] == [None, None, None]
+    assert match([4, 7, 4], Given(sizes=[first, second])) == [first, None, second]
+    assert [s and s.made_of for s in match([4, 4, 4], Given(sizes=[first, second]))] == [None, None, None]
+    assert [s and s.made_of for s in match([4, 4], Given([[4, second]], [second]))] == [None, second.made_of]

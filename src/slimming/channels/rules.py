@@ -7,13 +7,13 @@ it under its ATen name (without the underscore of the in-place form).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimming.channels.sizes import Size, axes_of, match
+from slimming.channels.sizes import Given, Size, axes_of, match
 from slimming.channels.tape import FROZEN, Product, Tape, Unknown, Use, Zero, compress, rows_along, varying
 
 
@@ -29,7 +29,7 @@ class Call:
     owner_of: Callable[[Tensor | None], tuple[str, nn.Module] | None]  # layer of a parameter or buffer
     tensor_name: Callable[[Tensor], str] = str  # of a parameter or buffer in the network
     running: Sequence[nn.Module] = ()  # modules whose forward runs, the innermost last
-    sizes: Sequence[Size] = ()  # the arguments that were made of attributes and shapes
+    sizes: Given = field(default_factory=Given)  # whole numbers that the code gave, with what they are made of
 
     @property
     def x(self) -> Tensor:

@@ -7,7 +7,7 @@ attributes alone can be resized by setting those attributes anew.
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,10 +78,10 @@ class SizeMode(TorchFunctionMode):
         """Take a function that numbers an axis of a tensor."""
         super().__init__()
         self.axis_of = axis_of
-        self.given: list[Size] = []
+        self.given = Given()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        outer, self.given = self.given, _collect((*args, *(kwargs or {}).values()), [])
+        outer, self.given = self.given, _collect((*args, *(kwargs or {}).values()), Given())
         try:
             out = func(*args, **(kwargs or {}))
         finally:
@@ -99,27 +99,43 @@ def axes_of(size: Size | None) -> list[int]:
     return [position for _, name, position in (size.made_of if size is not None else ()) if name == SHAPE]
 
 
-def match(numbers: Iterable[int], given: Iterable[Size]) -> list[Size | None]:
-    """Return which of the given Sizes each number is: of one value the k-th for the k-th, if as many are given."""
+def match(numbers: Iterable[int], given: "Given") -> list[Size | None]:
+    """Return which of the given Sizes each number is, None for a number that is none.
+
+    Numbers that were given as one sequence are known by their place in it; others by their value, if as many are given.
+    """
     numbers, found = list(numbers), []
+    for sequence in given.sequences:
+        if [int(n) for n in sequence] == numbers:
+            return [n if isinstance(n, Size) else None for n in sequence]
     for i, number in enumerate(numbers):
-        same = [size for size in given if size == number]
-        sure = len(same) == numbers.count(number) or len({size.made_of for size in same}) == 1
-        found.append(same[min(numbers[:i].count(number), len(same) - 1)] if same and sure else None)
+        same = [size for size in given.sizes if size == number]
+        found.append(same[numbers[:i].count(number)] if len(same) == numbers.count(number) else None)
     return found
 
 
-def _collect(values: Iterable, found: list[Size]) -> list[Size]:
-    """Append the Sizes in nested arguments, in order."""
+@dataclass
+class Given:
+    """The whole numbers among the arguments of a function: sequences of them, and all that are Sizes, in order."""
+
+    sequences: list[list[int]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+
+
+def _collect(values: Iterable, given: Given) -> Given:
+    """Note the numbers in nested arguments."""
+    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if len(numbers) > 1:
+        given.sequences.append(numbers)
     for value in values:
         kind = type(value)
         if kind is Size:
-            found.append(value)
+            given.sizes.append(value)
         elif kind is slice:
-            _collect((value.start, value.stop), found)
+            given.sizes += [bound for bound in (value.start, value.stop) if type(bound) is Size]
         elif kind in (list, tuple, torch.Size):
-            _collect(value, found)
-    return found
+            _collect(value, given)
+    return given
 
 
 def has_sizes(module: nn.Module) -> bool:
