@@ -436,12 +436,12 @@ def _follow(tape: Tape, size: Size | None, atoms: Tensor, what: str) -> None:
 
 
 def _stays(tape: Tape, size: Size, what: str) -> None:
-    """Keep a size of an axis along which no channel goes: neither its attribute nor the axis it was read from may change."""
+    """Keep a size of an axis along which no channel goes: its attribute, and unless it fits, the axis it was read from."""
     if _settable(size):
         tape.resize(size, torch.full((int(size),), FROZEN), f"{what}, from attributes")
     for i in axes_of(size):
         if len(tape.axes[i]):
-            tape.freeze(tape.axes[i], f"{what} of a tensor that keeps its channels")
+            tape.doubt(tape.axes[i], f"{what} along an axis that keeps its size")
 
 
 def _settable(size: Size | None) -> bool:
