@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 
 SOURCE = ROOT / "src" / "slimming"
-FREE = {"errors", "files"}  # all may import them
+FREE = {"errors", "files", "options"}  # all may import them
 ROOMS = {  # room -> rooms it may import, beside the free ones
     "errors": set(),
     "files": set(),
+    "options": set(),
     "channels": set(),
     "models": set(),
     "data": set(),

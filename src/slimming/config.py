@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.errors import ConfigError, SlimmingError, check_choice, check_number, check_ratio
+from slimming.errors import ConfigError, SlimmingError, check_choice, check_number
 from slimming.folders import claim
 from slimming.ranks import rank, started
 
@@ -279,7 +279,7 @@ def _check_options(config: PruneOptions) -> None:
             check_number(f"budget.{key}", getattr(config.budget, key), 0, 1, above=True)
     for ratio in config.ratio if isinstance(config.ratio, list) else [config.ratio]:
         if ratio is not None:
-            check_ratio(ratio)
+            check_number("ratio", ratio, 0, 1, below=True)
     if config.convention != "exact" and (config.ratio is None or config.criterion not in (None, "global")):
         raise ConfigError(f"convention={config.convention} is for a global ratio only")
     check_number("calibrate.batches", config.calibrate.batches, 0, whole=True)

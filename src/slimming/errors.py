@@ -36,22 +36,27 @@ class TrainingError(SlimmingError):
 
 
 def check_number(
-    key: str, value, low: float = -math.inf, high: float = math.inf, *, above: bool = False, whole: bool = False
+    key: str,
+    value,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Raise ConfigError unless `value` is a finite number in [low, high] ((low, high] with `above`), whole if asked."""
+    """Raise ConfigError unless `value` is a finite number in [low, high], whole if asked.
+
+    Args:
+        above, below: leave out the lower or upper bound itself.
+    """
     kind = numbers.Integral if whole else numbers.Real
     good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if good and (low < value if above else low <= value) and value <= high:
+    if good and (low < value if above else low <= value) and (value < high if below else value <= high):
         return
-    bounds = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
+    bounds = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf)
+    bounds += [f"{'<' if below else '<='} {high:g}"] * (high < math.inf)
     raise ConfigError(f"{key} must be a {'whole ' * whole}number {' and '.join(bounds)}, got {value!r}".strip())
-
-
-def check_ratio(value) -> None:
-    """Raise ConfigError unless `value` is a share of channels that can be removed, in [0, 1)."""
-    check_number("ratio", value, 0)
-    if value >= 1:
-        raise ConfigError(f"ratio must lie in [0, 1): the share of channels to remove, got {value!r}")
 
 
 def check_choice(key: str, value, allowed) -> None:

@@ -151,8 +151,8 @@ def test_the_score_of_a_class_is_the_largest_or_the_mean():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: slimming.GlobalRatio(1.0), r"ratio must lie in \[0, 1\)"),
-        (lambda: slimming.GlobalRatio(-0.1), "ratio must be a number >= 0, got -0.1"),
+        (lambda: slimming.GlobalRatio(1.0), r"ratio must be a number >= 0 and < 1"),
+        (lambda: slimming.GlobalRatio(-0.1), "ratio must be a number >= 0 and < 1, got -0.1"),
         (lambda: slimming.GlobalRatio("half"), "got 'half'"),
         (lambda: slimming.GlobalRatio(0.5, convention="other"), "convention must be one of"),
         (lambda: slimming.PerLayerRatio(float("nan")), "got nan"),

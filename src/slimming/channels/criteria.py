@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimming.errors import ConfigError, GraphError, check_choice, check_number, check_ratio
+from slimming.errors import ConfigError, GraphError, check_choice, check_number
 
 
 @dataclass
@@ -55,7 +55,7 @@ class GlobalRatio(Criterion):
     """
 
     def __init__(self, ratio: float, convention: str = "exact"):
-        check_ratio(ratio)
+        check_number("ratio", ratio, 0, 1, below=True)
         check_choice("convention", convention, ("exact", "reference"))
         self.ratio, self.convention = ratio, convention
 
@@ -71,7 +71,7 @@ class PerLayerRatio(Criterion):
     """The share `ratio` of every BatchNorm's candidates; a class tied over several layers counts for its first."""
 
     def __init__(self, ratio: float):
-        check_ratio(ratio)
+        check_number("ratio", ratio, 0, 1, below=True)
         self.ratio = ratio
 
     def choose(self, choice: Choice) -> Tensor:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from slimming.channels import explain
 from slimming.channels.criteria import Budget, Choice, Criterion
+from slimming.channels.options import PlanOptions
 from slimming.channels.penalty import other_norms
 from slimming.channels.plan import LayerPlan, PruningPlan, describe_network, fingerprint
 from slimming.channels.sizes import new_values
 from slimming.channels.tape import CARRYING, FROZEN, Tape, Use
-from slimming.errors import GraphError, PlanError, check_choice, check_number, check_patterns
+from slimming.errors import GraphError, PlanError, check_patterns
+from slimming.options import check_options
 
 CHOOSING = (
     "topk",
@@ -242,54 +244,33 @@ class ChannelGraph:
                 mass.index_add_(0, self.place[use.write], weight.sum([i for i in range(weight.ndim) if i != axis]))
         return torch.cat([mass[self.place[n.use.read]] for n in self.norms.values()])
 
-    def plan(
-        self,
-        criterion: Criterion,
-        *,
-        ties: str = "together",
-        min_channels: int = 1,
-        max_layer_ratio: float = 1.0,
-        round_to: int = 1,
-        ignore: Iterable[str] = (),
-        reduce: str = "max",
-        score: str = "gamma",
-        seed: int = 0,
-    ) -> PruningPlan:
-        """Let a criterion choose, find all that goes with it, and put back what the guards want.
+    def plan(self, criterion: Criterion, *, seed: int = 0, **options: Any) -> PruningPlan:
+        """Let a criterion choose, find all that goes with it, and bring back what the constraints want.
 
         Args:
-            ties: `together`: gammas whose channels must share a place are decided as one; `apart`: every gamma by itself.
-            min_channels: gammas that every BatchNorm keeps at least, >= 1.
-            max_layer_ratio: largest share of a BatchNorm's gammas that may go, in (0, 1].
-            round_to: kept gammas of every BatchNorm are rounded up to a multiple, by bringing back the strongest.
-            ignore: shell patterns of BatchNorm layers that stay whole.
-            reduce: score of a class: `max` or `mean` of its gammas'.
-            score: `gamma`, `random` (with `seed`) or `weight_l1`.
+            criterion: of slimming.channels.criteria.
+            seed: of score="random".
+            options: fields of PlanOptions, which says what they mean and allow.
 
         Raises:
             GraphError: nothing can be pruned, or a gamma is not finite.
             ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
         """
-        check_choice("ties", ties, ("together", "apart"))
-        check_choice("reduce", reduce, ("max", "mean"))
-        check_choice("score", score, ("gamma", "random", "weight_l1"))
-        check_number("min_channels", min_channels, 1, whole=True)
-        check_number("round_to", round_to, 1, whole=True)
-        check_number("max_layer_ratio", max_layer_ratio, 0, 1, above=True)
+        chosen = PlanOptions(**options)
+        check_options(chosen)
         self._check_prunable()
-        free, classes = self.candidates("apart", list(ignore)), torch.arange(self.count)
-        if ties == "together":
+        free, classes = self.candidates("apart", list(chosen.ignore)), torch.arange(self.count)
+        if chosen.ties == "together":
             free, classes = self._together(free)
         if not bool(free.any()):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
-        values = self.scores(score, seed)
-        choice = self._choice(free, classes, values, reduce)
-        guards = (min_channels, max_layer_ratio, round_to)
+        values = self.scores(chosen.score, seed)
+        choice = self._choice(free, classes, values, chosen.reduce)
 
         def outcome(removed: Tensor) -> Solution:
             kept = torch.ones(self.count, dtype=torch.bool)
             kept[choice.gammas] = ~removed[choice.unit]
-            return self._settle(kept, values, choice, guards)
+            return self._settle(kept, values, choice, chosen)
 
         if isinstance(criterion, Budget):
             removed = criterion.search(choice, lambda removed: self.cost_share(outcome(removed)))
@@ -310,8 +291,8 @@ class ChannelGraph:
         layer = torch.cat([torch.full((n.module.num_features,), i) for i, n in enumerate(self.norms.values())])
         return Choice(gammas, unit, score, unit.bincount(), layer[gammas])
 
-    def _settle(self, kept: Tensor, values: Tensor, choice: Choice, guards: tuple[int, float, int]) -> Solution:
-        """Bring back the strongest until every norm keeps what the guards want and no layer has an empty side."""
+    def _settle(self, kept: Tensor, values: Tensor, choice: Choice, options: PlanOptions) -> Solution:
+        """Bring back the strongest until every norm keeps what the constraints want and no layer has an empty side."""
         unit_of = torch.full((self.count,), -1)
         unit_of[choice.gammas] = choice.unit
         forced = torch.zeros(self.tape.count, dtype=torch.bool)
@@ -321,7 +302,7 @@ class ChannelGraph:
             short = False
             for norm in self.norms.values():
                 have = solution.kept[norm.all]
-                missing = _wanted(len(have), int(have.sum()), *guards) - int(have.sum())
+                missing = _wanted(len(have), int(have.sum()), options) - int(have.sum())
                 if missing > 0:
                     short = True
                     back = torch.where(have, -1.0, values[norm.all]).topk(missing).indices
@@ -495,10 +476,10 @@ class ChannelGraph:
         return explain.describe(self)
 
 
-def _wanted(size: int, have: int, min_channels: int, max_layer_ratio: float, round_to: int) -> int:
-    """Return how many of `size` gammas the guards want where `have` are kept."""
-    wanted = max(have, min_channels, size - int(max_layer_ratio * size + 1e-9))
-    return min(size, -(-wanted // round_to) * round_to)
+def _wanted(size: int, have: int, options: PlanOptions) -> int:
+    """Return how many of `size` gammas the constraints want where `have` are kept."""
+    wanted = max(have, options.min_channels, size - int(options.max_layer_ratio * size + 1e-9))
+    return min(size, -(-wanted // options.round_to) * options.round_to)
 
 
 def _components(count: int, ties: list[Tensor]) -> Tensor:

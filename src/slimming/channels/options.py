@@ -1,0 +1,31 @@
+"""What a plan may be told beside its criterion; without torch, so that a configuration can be built from it."""
+
+from dataclasses import dataclass
+
+from slimming.options import option
+
+
+@dataclass
+class PlanOptions:
+    """How gammas are scored and decided, and which constraints restore channels afterwards."""
+
+    ties: str = option(
+        "together",
+        "together: gammas whose channels are tied (by additions, say) are decided as one; apart: every gamma by itself "
+        "(smaller, slower)",
+        choices=("together", "apart"),
+    )
+    score: str = option(
+        "gamma",
+        "score of a channel: |gamma|; or, to compare with, random (by seed) or weight_l1 of its filter",
+        choices=("gamma", "random", "weight_l1"),
+    )
+    reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
+    min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)
+    max_layer_ratio: float = option(
+        1.0, "largest share of one BatchNorm's channels that may go, in (0, 1]", low=0, high=1, above=True
+    )
+    round_to: int = option(
+        1, "kept channels of every BatchNorm are rounded up to a multiple of this", low=1, whole=True
+    )
+    ignore: list[str] = option([], "shell patterns of BatchNorm layers that stay whole")
