@@ -8,7 +8,7 @@ from slimming import entry
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="finetune")
 def main(cfg: DictConfig) -> float:
-    return entry.launch("finetune", cfg)
+    return entry.run_script("finetune", cfg)
 
 
 if __name__ == "__main__":

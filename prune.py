@@ -8,7 +8,7 @@ from slimming import entry
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="prune")
 def main(cfg: DictConfig) -> float:
-    return entry.launch("prune", cfg)
+    return entry.run_script("prune", cfg)
 
 
 if __name__ == "__main__":

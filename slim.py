@@ -8,7 +8,7 @@ from slimming import entry
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="slim")
 def main(cfg: DictConfig) -> float:
-    return entry.launch("slim", cfg)
+    return entry.run_script("slim", cfg)
 
 
 if __name__ == "__main__":

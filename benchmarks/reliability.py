@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from slimming.stages.common import versions
+from slimming.stages.recording import versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/reliability"))

@@ -28,7 +28,7 @@ def steps_per_s(options: argparse.Namespace, devices: int) -> float:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = config.check(compose("train", overrides))
     with tempfile.TemporaryDirectory() as out:
-        stages.run("train", cfg, Path(out))
+        stages.run_on_devices("train", cfg, Path(out))
         history = json.loads((Path(out) / "result.json").read_text())["history"]
     return statistics.median(row["images_per_s"] for row in history[1:]) / 64
 

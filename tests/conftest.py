@@ -43,6 +43,6 @@ def _home(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _data_anew():
     """No test gets the data that another has loaded."""
-    from slimming.stages import common
+    from slimming.stages import building
 
-    common._last_data.cache_clear()
+    building._last_data.cache_clear()

@@ -20,17 +20,17 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "records": set(),
     "report": {"channels", "records"},
     "untrusted": set(),
-    "checkpoint": {"channels", "models", "untrusted"},
+    "checkpoint": {"channels", "models", "records", "untrusted"},
     "ports": {"channels", "checkpoint", "untrusted"},
     "training": {"channels", "checkpoint"},
-    "config": {"folders", "ranks"},
+    "config": {"channels", "folders", "ranks"},
     "folders": {"ranks"},
     "ranks": set(),
     "stages": {
         *("channels", "models", "data", "report", "checkpoint", "ports", "training", "config", "folders", "ranks"),
-        *("records", "untrusted"),
+        *("records",),
     },
-    "entry": {"config", "folders", "ranks", "stages"},
+    "entry": {"config", "folders", "ranks", "records", "stages"},
     "__init__": set(),
 }
 HEAVY = {

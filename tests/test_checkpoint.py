@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from slimming import checkpoint, models
-from slimming.errors import CheckpointError
+import slimming
+from slimming import checkpoint, models, records
+from slimming.errors import CheckpointError, SlimmingError
 
 ARGUMENTS = {"widths": [4, "M", 6], "num_classes": 3}
 
 
 def content(network=None, **record):
     network = network or models.vgg(**ARGUMENTS)
-    base = {"format": checkpoint.FORMAT, "model": {"name": "vgg", "arguments": ARGUMENTS}, "plans": []}
+    base = {"format": records.RECORD_FORMAT, "model": {"name": "vgg", "arguments": ARGUMENTS}, "plans": []}
     return {"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}, "slimming": base | record}
 
 
@@ -32,7 +33,7 @@ def path(tmp_path):
 
 def test_round_trip(path):
     model = models.vgg(**ARGUMENTS).eval()
-    checkpoint.save(content(model), path)
+    checkpoint.write(content(model), path)
     x = torch.randn(2, 3, 8, 8)
     loaded = checkpoint.load(path)
     assert not loaded.training and torch.equal(loaded(x), model(x))
@@ -41,7 +42,7 @@ def test_round_trip(path):
 
 def test_a_network_that_is_not_registered_is_given(path):
     net = nn.Sequential(nn.Linear(2, 3))
-    checkpoint.save(content(net, model=None), path)
+    checkpoint.write(content(net, model=None), path)
     with pytest.raises(CheckpointError, match=r"load\(path, model="):
         checkpoint.load(path)
     blank = nn.Sequential(nn.Linear(2, 3))
@@ -59,14 +60,17 @@ class Evil:
     [
         (lambda p: None, "there is no checkpoint"),
         (lambda p: p.write_bytes(b"not a checkpoint"), "cannot be read|damaged"),
-        (lambda p: (checkpoint.save(content(), p), p.write_bytes(p.read_bytes()[:3000])), "truncated"),
+        (lambda p: (checkpoint.write(content(), p), p.write_bytes(p.read_bytes()[:3000])), "truncated"),
         (lambda p: torch.save({"state_dict": {}}, p), "was not written by slimming"),
         (lambda p: torch.save([1], p), "was not written by slimming"),
-        (lambda p: checkpoint.save(content(format=99), p), "has format 99, this version reads format 1"),
+        (lambda p: checkpoint.write(content(format=99), p), "has format 99, this version reads format 1"),
         (lambda p: torch.save(content() | {"x": Evil()}, p), "could run code"),
         (lambda p: p.write_bytes(pickle.dumps(Evil())), "could run code|cannot be read"),
-        (lambda p: checkpoint.save(content(model={"name": "os.system", "arguments": {}}), p), "no model is registered"),
-        (lambda p: checkpoint.save(content(models.vgg(widths=[4, "M", 7])), p), r"another architecture.*feature\.4"),
+        (
+            lambda p: checkpoint.write(content(model={"name": "os.system", "arguments": {}}), p),
+            "no model is registered",
+        ),
+        (lambda p: checkpoint.write(content(models.vgg(widths=[4, "M", 7])), p), r"another architecture.*feature\.4"),
     ],
 )
 def test_bad_files(damage, words, path, monkeypatch):
@@ -78,7 +82,7 @@ def test_bad_files(damage, words, path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_last_good_file(path, monkeypatch):
-    checkpoint.save(content(), path)
+    checkpoint.write(content(), path)
     before = path.read_bytes()
 
     def full(*args):
@@ -86,7 +90,7 @@ def test_a_full_disk_leaves_the_last_good_file(path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"the disk is full.*last good last.ckpt is still there"):
-        checkpoint.save(content(), path)
+        checkpoint.write(content(), path)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["last.ckpt"]
 
 
@@ -97,7 +101,7 @@ def test_a_file_that_the_system_cuts_off_is_not_left_behind(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(CheckpointError, match=r"cannot be written .* nothing was left behind"):
-            checkpoint.save({"x": torch.zeros(1_000_000)}, path)
+            checkpoint.write({"x": torch.zeros(1_000_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
@@ -107,7 +111,7 @@ def test_a_file_that_the_system_cuts_off_is_not_left_behind(path):
 def test_a_kill_while_writing_leaves_a_loadable_file(path):
     code = (
         "import sys, torch; from slimming import checkpoint\n"
-        "for i in range(10**6): checkpoint.save({'i': i, 'x': torch.full((500_000,), i)}, sys.argv[1])"
+        "for i in range(10**6): checkpoint.write({'i': i, 'x': torch.full((500_000,), i)}, sys.argv[1])"
     )
     for delay in (0.0, 0.013, 0.029):
         process = subprocess.Popen([sys.executable, "-c", code, str(path)])
@@ -124,7 +128,7 @@ def test_a_kill_while_writing_leaves_a_loadable_file(path):
 
 def test_loading_is_bit_identical_in_a_fresh_process_without_lightning(path):
     model = models.vgg(**ARGUMENTS).eval()
-    checkpoint.save(content(model), path)
+    checkpoint.write(content(model), path)
     code = (
         "import sys, torch, slimming; model = slimming.load(sys.argv[1])\n"
         "assert not {'lightning', 'hydra'} & set(sys.modules)\n"
@@ -133,3 +137,37 @@ def test_loading_is_bit_identical_in_a_fresh_process_without_lightning(path):
     out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
     torch.manual_seed(0)
     assert out.strip() == str(model(torch.randn(2, 3, 8, 8)).detach().view(torch.int32).tolist())
+
+
+def thin_network():
+    torch.manual_seed(0)
+    dense = models.vgg(**ARGUMENTS).eval()
+    with torch.no_grad():
+        for norm in (m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.uniform_()
+    plan = slimming.trace(dense, torch.zeros(1, 3, 8, 8)).plan(slimming.GlobalRatio(0.5))
+    return dense, slimming.prune(dense, plan), plan
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_what_is_saved_loads(registered, path):
+    dense, thin, plan = thin_network()
+    name = {"name": "vgg", "arguments": ARGUMENTS} if registered else None
+    slimming.save(path, thin, plans=[plan], dense=name)
+    again = slimming.load(path) if registered else slimming.load(path, model=dense)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(images), thin(images)) and again.feature[0].out_channels < 4
+    if not registered:
+        with pytest.raises(CheckpointError, match="not registered"):
+            slimming.load(path)
+
+
+def test_what_would_not_load_is_not_saved(path):
+    _, thin, plan = thin_network()
+    with pytest.raises(CheckpointError, match="another architecture"):
+        slimming.save(path, thin, dense={"name": "vgg", "arguments": ARGUMENTS})  # the plan is missing
+    with pytest.raises(SlimmingError, match="no model is registered"):
+        slimming.save(path, thin, plans=[plan], dense={"name": "net", "arguments": {}})
+    with pytest.raises(CheckpointError, match="model in its 'slimming' record"):
+        slimming.save(path, thin, plans=[plan], dense={"name": "vgg"})
+    assert not path.exists()

@@ -1,6 +1,8 @@
 """What the command line accepts, and what every shipped YAML file composes to."""
 
+import dataclasses
 import inspect
+from typing import Any
 
 import pytest
 from hydra.errors import ConfigCompositionException
@@ -8,6 +10,8 @@ from hydra.utils import get_object
 
 from conftest import ROOT, compose_config
 from slimming import config
+from slimming.config.checks import NEEDS
+from slimming.config.help import help_text, rows
 from slimming.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
@@ -30,11 +34,31 @@ def test_every_group_file_fits_the_signature_of_its_target(group, name):
     assert {k for k in node if k not in ("_target_", "_partial_")} <= known
 
 
-@pytest.mark.parametrize("group", ["data"])
-def test_what_may_be_given_beside_a_checkpoint_is_known_to_the_group(group):
-    node = getattr(compose_config("checkpoint=a.ckpt", "ratio=0.5", name="prune"), group)
-    known = set().union(*(getattr(compose_config(f"{g}={n}"), g) for g, n in FILES if g == group))
-    assert set(node) <= known and set(node.values()) == {None}
+@pytest.mark.parametrize("group", ["data", "optimizer", "scheduler", "trainer"])
+def test_beside_a_checkpoint_nothing_is_given_but_what_is_typed(group):
+    overrides = [f"{g}.{k}={v}" for g, k, v in GIVEN]
+    assert getattr(compose_config("checkpoint=a.ckpt", name="finetune"), group) == {}
+    given = getattr(compose_config("checkpoint=a.ckpt", *overrides, name="finetune"), group)
+    assert given == {k: None if v == "null" else v for g, k, v in GIVEN if g == group}  # null is a value, too
+
+
+GIVEN = [("data", "batch_size", 8), ("optimizer", "lr", 0.5), ("optimizer", "betas", "null"), ("scheduler", "T_max", 3)]
+GIVEN += [("trainer", "max_epochs", 3), ("trainer", "gradient_clip_val", "null")]
+
+
+@pytest.mark.parametrize("key", ["optimizer.lrr", "trainer.device", "data.batchsize", "distil.alpha"])
+def test_typos_beside_a_checkpoint_are_refused_at_composition(key):
+    with pytest.raises(ConfigCompositionException):
+        compose_config("checkpoint=a.ckpt", f"{key}=1", name="finetune")
+
+
+def test_every_option_says_what_it_means():
+    for stage, schema in config.SCHEMAS.items():
+        groups = {f.name for f in dataclasses.fields(schema) if f.type == dict[str, Any]}
+        keys = [row.key for row in rows(schema)]
+        assert {k.split(".")[0] for k in keys} == {f.name for f in dataclasses.fields(schema)} - groups, stage
+        assert len(set(keys)) == len(keys) and all(row.meaning for row in rows(schema))
+        assert all(f"{key}=" in help_text(schema) for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +83,7 @@ def test_what_may_be_given_beside_a_checkpoint_is_known_to_the_group(group):
     ids=str,
 )
 def test_pruning_takes_exactly_one_criterion(overrides, expected):
-    if expected in (*config.NEEDS, None):
+    if expected in (*NEEDS, None):
         cfg = compose_config("checkpoint=a.ckpt", *overrides, name="prune")
         assert expected is None or config.criterion_name(cfg) == expected
     else:

@@ -198,7 +198,7 @@ def test_every_stage_is_refused_in_the_folder_of_a_run_that_goes_on(stage, holde
     (out / ".last.ckpt.tmp").write_text("being written")
     before, cfg = _content(out), compose_config(*STARTS[stage], name=stage)
     with pytest.raises(RunDirectoryError, match="still going on"):
-        stages.run(stage, cfg, out) if stage in config.DISTRIBUTED else getattr(stages, stage)(cfg, out)
+        stages.run_on_devices(stage, cfg, out) if stage in config.DISTRIBUTED else getattr(stages, stage)(cfg, out)
     assert _content(out) == before
 
 
@@ -210,7 +210,7 @@ def test_a_stage_of_slim_is_refused_where_another_run_has_taken_its_folder(tmp_p
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
             other.stdout.readline()
             with pytest.raises(RunDirectoryError):
-                running.run("train", compose_config(*SMALL), tmp_path / "sparse")
+                running.run_on_devices("train", compose_config(*SMALL), tmp_path / "sparse")
             other.kill()
 
 

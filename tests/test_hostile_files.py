@@ -17,7 +17,7 @@ from conftest import compose_config
 from slimming import checkpoint, models, ports
 from slimming.channels.plan import fingerprint
 from slimming.errors import CheckpointError, ConfigError, PlanError
-from slimming.stages.training import resume_point
+from slimming.stages.fitting import resume_point
 
 ARGUMENTS = {"widths": [8, "M", 8], "num_classes": 3}
 OURS = (CheckpointError, ConfigError, PlanError)
@@ -347,11 +347,11 @@ def test_a_given_network_is_compared(path):
 
 def test_the_random_numbers_of_a_network_are_those_of_its_constructor(path):
     """A training from fresh weights draws them once, so that its seed means what it did."""
-    torch.save(made := content(), path)
+    torch.save(content(), path)
     torch.manual_seed(3)
     expected = models.vgg(**ARGUMENTS).state_dict()
     torch.manual_seed(3)
-    found = checkpoint.architecture(made, path).state_dict()
+    found = checkpoint.architecture(checkpoint.read(path)).state_dict()
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
@@ -475,7 +475,7 @@ def test_finetune_refuses_hostile_recipes(config, path, tmp_path):
 def test_a_run_that_cannot_be_resumed(change, tmp_path):
     whole = {"epoch": 1, "global_step": 9, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
     torch.save(content(config={"seed": 1}) | whole, tmp_path / "last.ckpt")
-    assert resume_point(True, {"seed": 1}, tmp_path)["epoch"] == 1
+    assert resume_point(True, {"seed": 1}, tmp_path).content["epoch"] == 1
     torch.save(content(config={"seed": 1}) | whole | change, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=f"its {next(iter(change))} is not there or malformed"):
         resume_point(True, {"seed": 1}, tmp_path)

@@ -1,8 +1,11 @@
 """Which keys of a configuration matter to a result: one list, for resuming and for the report."""
 
+import json
+
 import pytest
 
-from slimming.records import config_differences, what_matters
+from slimming.errors import CheckpointError
+from slimming.records import Record, Result, config_differences, finished, what_matters, write_failure
 
 BEFORE = {
     "seed": 1,
@@ -84,3 +87,24 @@ def test_what_matters_is_flat():
         "finetune.distill.teacher": True,
         "finetune.distill.alpha": 0.9,
     }
+
+
+def test_a_record_goes_round_without_what_is_unknown():
+    record = Record({"name": "vgg", "arguments": {"depth": 11}}, [{"a": 1}], stage="prune", metrics={"test/acc": 0.5})
+    data = record.to_dict()
+    assert data.keys() == {"model", "plans", "stage", "metrics", "format"}
+    assert Record.from_dict(data) == record and Record.from_dict(data | {"of a later version": 1}) == record
+    with pytest.raises(CheckpointError, match="lacks 'config'"):
+        record.need("a.ckpt", "config")
+
+
+def test_a_failure_does_not_replace_a_finished_result(tmp_path):
+    write_failure(tmp_path, "train", "first")
+    write_failure(tmp_path, "train", "second", over=False)
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == "first"
+    write_failure(tmp_path, "train", "third")
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == "third" and finished(tmp_path) is None
+    Result("train", status="finished", details={"n_test": 3}).write(tmp_path)
+    write_failure(tmp_path, "train", "late")
+    done = finished(tmp_path)
+    assert done["status"] == "finished" and (done["n_test"], done["error"], done["parent"]) == (3, None, None)

@@ -25,7 +25,7 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 @pytest.mark.parametrize("path", EXPECTED)
 def test_a_checkpoint_computes_what_it_computed(path):
     network = slimming.load(FOLDER / path)
-    size = checkpoint.read(FOLDER / path)["slimming"]["data"]["image_size"]
+    size = checkpoint.read(FOLDER / path).content["slimming"]["data"]["image_size"]
     x = torch.linspace(-1, 1, 2 * size**2).view(2, 1, size, size)
     with torch.inference_mode():
         torch.testing.assert_close(network(x), torch.tensor(EXPECTED[path]), rtol=1e-4, atol=1e-5)
@@ -60,10 +60,10 @@ def test_a_run_goes_on_and_its_checkpoints_are_pruned_and_trained_further(tmp_pa
     network = ("model=preresnet20", "model.depth=11", "model.width=0.25", "data=digits", "sparsity=1e-3")
     network += ("trainer.limit_train_batches=2", "trainer.limit_test_batches=1", "resume=true")
     with pytest.raises(RunDirectoryError, match="max_epochs was 2, is 3"):
-        stages.run("train", compose_config(*network, "trainer.max_epochs=3"), run)
+        stages.run_on_devices("train", compose_config(*network, "trainer.max_epochs=3"), run)
     before = json.loads((run / "result.json").read_text())
     (run / "result.json").unlink()
-    stages.run("train", compose_config(*network, "trainer.max_epochs=2"), run)
+    stages.run_on_devices("train", compose_config(*network, "trainer.max_epochs=2"), run)
     after = json.loads((run / "result.json").read_text())
     assert after["metrics"] == before["metrics"] and after["history"] == before["history"]
 
@@ -72,7 +72,7 @@ def test_a_run_goes_on_and_its_checkpoints_are_pruned_and_trained_further(tmp_pa
         chosen = compose_config(f"checkpoint={tmp_path / 'before' / source}", *options, name="prune")
         stages.prune(chosen, tmp_path / source.replace("/", "_"))
     tuned = compose_config(f"checkpoint={FOLDER / 'pruned/pruned.ckpt'}", "trainer.max_epochs=1", name="finetune")
-    stages.run("finetune", tuned, tmp_path / "tuned")
+    stages.run_on_devices("finetune", tuned, tmp_path / "tuned")
     result = json.loads((tmp_path / "tuned/result.json").read_text())
     recorded = json.loads((FOLDER / "finetuned/result.json").read_text())["config"]
     assert [result["config"][k] for k in ("optimizer", "data")] == [recorded[k] for k in ("optimizer", "data")]

@@ -23,6 +23,7 @@ _HOME = {
     "mask": "channels.surgery",
     "prune": "channels.surgery",
     "prune_optimizer_state": "channels.surgery",
+    "save": "checkpoint",
     "trace": "channels.trace",
 }
 __all__ = sorted(_HOME)

@@ -1,9 +1,4 @@
-"""The one file format: a Lightning checkpoint with a "slimming" record, read as data (`weights_only=True`).
-
-The record: {format, model: {name, arguments} or None, plans, data: statistics, stage, metrics, config: of the training}.
-All of it is plain data; the model is a name in `slimming.models` with plain arguments, the plans are those that led from
-it to this network, in order.
-"""
+"""The one file format: a Lightning checkpoint with a "slimming" record (records.Record), read as data (`weights_only=True`)."""
 
 import contextlib
 import copy
@@ -11,6 +6,9 @@ import errno
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,22 @@ from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune
 from slimming.errors import CheckpointError, SlimmingError
 from slimming.files import replacing
+from slimming.records import RECORD_FORMAT, Record
 from slimming.untrusted import Draft, check_amount, check_plain, check_record, check_tensors
 
-FORMAT = 1
 PREFIX = "model."  # of the network's weights in a LightningModule's state dict
 
 
-def save(content: dict, path: str | os.PathLike) -> None:
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read: its record, and the whole content of the file."""
+
+    path: Path
+    record: Record
+    content: dict[str, Any]
+
+
+def write(content: dict, path: str | os.PathLike) -> None:
     """Write `content` whole or not at all: under a temporary name in the same folder, synchronised, then renamed.
 
     Raises:
@@ -44,7 +51,45 @@ def save(content: dict, path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path} cannot be written ({reason}): make room and resume; {kept}") from error
 
 
-def read(path: str | os.PathLike) -> dict:
+def write_network(model: nn.Module, record: Record, path: str | os.PathLike) -> None:
+    """Write a network and its record as a checkpoint without any training state; errors as `write`."""
+    state = {PREFIX + key: value for key, value in model.state_dict().items()}
+    training = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+    }  # Lightning looks for it
+    write({"state_dict": state, "slimming": record.to_dict()} | training, path)
+
+
+def save(
+    path: str | os.PathLike,
+    model: nn.Module,
+    *,
+    plans: Sequence[PruningPlan] = (),
+    dense: dict[str, Any] | None = None,
+) -> None:
+    """Write a network so that `load` rebuilds it; for trainings in code of one's own.
+
+    Args:
+        path: of the checkpoint.
+        model: the network, dense or pruned.
+        plans: the pruning plans that led to it, in order.
+        dense: {name, arguments} of the dense network in `slimming.models`; None: `load` takes `model=`, the dense network.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; or `dense` and `plans` do not lead to this network.
+        ConfigError: there is no such network.
+    """
+    record = Record(model=dense, plans=[plan.to_dict() for plan in plans])
+    state = {PREFIX + key: value for key, value in model.state_dict().items()}
+    check_record(record.to_dict(), path)
+    if dense is not None:
+        _check_outline(record, _weights({"state_dict": state}, path), path)
+    write_network(model, record, path)
+
+
+def read(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint of ours onto the CPU.
 
     Raises:
@@ -55,10 +100,10 @@ def read(path: str | os.PathLike) -> dict:
     if not isinstance(record, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} was not written by slimming: it has no 'slimming' record")
     check_plain(record, path)
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {record.get('format')!r}, this version reads format {FORMAT}")
+    if record.get("format") != RECORD_FORMAT:
+        raise CheckpointError(f"{path} has format {record.get('format')!r}, this version reads format {RECORD_FORMAT}")
     check_record(record, path)
-    return content
+    return Checkpoint(Path(path), Record.from_dict(record), content)
 
 
 def read_data(path: str | os.PathLike) -> Any:
@@ -103,22 +148,20 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         ConfigError: it names a network that there is not.
         PlanError: a plan in it is not valid, or not for that network.
     """
-    return rebuild(read(path), path, model)
+    return rebuild(read(path), model)
 
 
-def rebuild(content: dict, path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """Do what `load` does with the content of a checkpoint that was read already."""
-    thin = architecture(content, path, model)
-    weights = load_weights(thin, content, path)
+def rebuild(saved: Checkpoint, model: nn.Module | None = None) -> nn.Module:
+    """Do what `load` does with a checkpoint that was read already."""
+    thin = architecture(saved, model)
+    weights = load_weights(thin, saved)
     if floats := [w.dtype for w in weights.values() if w.is_floating_point()]:
         thin.to(floats[0])
         thin.load_state_dict(weights)  # again, where the first time rounded
     return thin.eval()
 
 
-def architecture(
-    content: dict, path: str | os.PathLike, model: nn.Module | None = None, *, pruned: bool = True
-) -> nn.Module:
+def architecture(saved: Checkpoint, model: nn.Module | None = None, *, pruned: bool = True) -> nn.Module:
     """Build the network that a checkpoint describes; its weights are slices (see `models.redraw`).
 
     Without `model` it is first built without numbers, its plans applied, and compared with the weights in the file. Only
@@ -128,18 +171,18 @@ def architecture(
     Args:
         pruned: apply the plans.
     """
-    weights = _weights(content, path)
+    weights = _weights(saved.content, saved.path)
     if model is None:
-        _check_outline(content["slimming"], weights, path)
-        with _told(path):
-            model = _build(content["slimming"], Draft(weights, path, real=True), path)
+        _check_outline(saved.record, weights, saved.path)
+        with _as_checkpoint_errors(saved.path):
+            model = _build(saved.record, Draft(weights, saved.path, real=True), saved.path)
     else:
         model = copy.deepcopy(model)
-    with _told(path):
-        return _pruned(model, content["slimming"]) if pruned else model
+    with _as_checkpoint_errors(saved.path):
+        return _pruned(model, saved.record) if pruned else model
 
 
-def _check_outline(record: dict, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+def _check_outline(record: Record, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
     """Raise a SlimmingError unless the network of a record, its plans applied, has the shapes of the weights.
 
     The few networks whose constructors compute with their weights have no outline; Draft bounds what building them takes.
@@ -150,37 +193,37 @@ def _check_outline(record: dict, weights: dict[str, torch.Tensor], path: str | o
         raise
     except Exception:
         return
-    with _told(path):
+    with _as_checkpoint_errors(path):
         outline = _pruned(outline, record)
     _compare(outline, weights, record, path)
     check_amount(outline, weights, path)
 
 
-def _build(record: dict, draft: Draft, path: str | os.PathLike) -> nn.Module:
+def _build(record: Record, draft: Draft, path: str | os.PathLike) -> nn.Module:
     """Build the dense network of a record; pretrained weights that it names are neither opened nor fetched."""
     from slimming import models
 
-    spec = record.get("model")
-    if not spec:
+    if not record.model:
         raise CheckpointError(
             f"{path} holds a network that is not registered in slimming.models: load(path, model=...), "
             "or model._target_=<class> on the command line"
         )
-    arguments = models.spec(spec["name"], spec["arguments"])["arguments"]
+    spec = models.spec(record.model["name"], record.model["arguments"])
+    arguments = spec["arguments"]
     if "weights" in arguments:
         arguments = arguments | {"weights": None}
     with draft:
         return models.build(spec["name"], **arguments)
 
 
-def _pruned(model: nn.Module, record: dict) -> nn.Module:
-    for plan in record["plans"]:
+def _pruned(model: nn.Module, record: Record) -> nn.Module:
+    for plan in record.plans:
         model = prune(model, PruningPlan.from_dict(plan), verify=False)
     return model
 
 
 @contextlib.contextmanager
-def _told(path: str | os.PathLike):
+def _as_checkpoint_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn whatever a network or its surgery objects to in a file's values into one clear error."""
     try:
         yield
@@ -191,14 +234,14 @@ def _told(path: str | os.PathLike):
         raise CheckpointError(f"{path}: no network is as it describes ({type(error).__name__}: {reason})") from error
 
 
-def load_weights(model: nn.Module, content: dict, path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Copy the weights of a checkpoint's content into `model`; return them.
+def load_weights(model: nn.Module, saved: Checkpoint) -> dict[str, torch.Tensor]:
+    """Copy the weights of a checkpoint into `model`; return them.
 
     Raises:
         CheckpointError: of another architecture; names the first difference.
     """
-    weights = _weights(content, path)
-    _compare(model, weights, content["slimming"], path)
+    weights = _weights(saved.content, saved.path)
+    _compare(model, weights, saved.record, saved.path)
     model.load_state_dict(weights)
     return weights
 
@@ -210,7 +253,7 @@ def _weights(content: dict, path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return {k.removeprefix(PREFIX): v for k, v in state.items()}
 
 
-def _compare(model: nn.Module, weights: dict[str, torch.Tensor], record: dict, path: str | os.PathLike) -> None:
+def _compare(model: nn.Module, weights: dict[str, torch.Tensor], record: Record, path: str | os.PathLike) -> None:
     own = model.state_dict()
     for key in [*own, *weights]:
         here, there = (tuple(d[key].shape) if key in d else "nothing" for d in (own, weights))
@@ -221,7 +264,7 @@ def _compare(model: nn.Module, weights: dict[str, torch.Tensor], record: dict, p
             )
 
 
-def describe(record: dict) -> str:
+def describe(record: Record) -> str:
     """Name the network of a record: `vgg(depth=19, width=0.25, ...)`."""
-    spec = record.get("model") or {"name": "unregistered", "arguments": {}}
+    spec = record.model or {"name": "unregistered", "arguments": {}}
     return f"{spec['name']}({', '.join(f'{k}={v}' for k, v in spec['arguments'].items())[:300]})"

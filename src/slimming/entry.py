@@ -1,7 +1,6 @@
 """How an entry script runs a stage. Imports nothing heavy before the configuration is known to be good."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,16 +16,16 @@ from omegaconf import DictConfig
 
 from slimming.config import DISTRIBUTED, check
 from slimming.errors import ConfigError, RunDirectoryError, SlimmingError
-from slimming.files import write_text
 from slimming.folders import release
 from slimming.ranks import rank, started_externally
+from slimming.records import write_failure
 
 OTHERS_WAIT_S = 3.0  # an error of all ranks is told by rank 0 alone: the launcher ends the others meanwhile
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a run that a cluster's SIGTERM has ended, as a shell would say it
 RESUME = {"train": "resume=true ", "finetune": "resume=true ", "slim": ""}
 
 
-def launch(stage: str, cfg: DictConfig) -> float:
+def run_script(stage: str, cfg: DictConfig) -> float:
     """Run a stage in the job's run directory; errors of the user's become one line, without a traceback.
 
     Returns:
@@ -41,7 +40,11 @@ def launch(stage: str, cfg: DictConfig) -> float:
         if started_externally():
             _refuse_ranks(stage, hydra.mode.name)
         with _terminable():
-            return stages.run(stage, config, out) if stage in DISTRIBUTED else getattr(stages, stage)(config, out)
+            return (
+                stages.run_on_devices(stage, config, out)
+                if stage in DISTRIBUTED
+                else getattr(stages, stage)(config, out)
+            )
     except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into the first
         if stage in RESUME:
             print(f"interrupted: the same command with {RESUME[stage]}hydra.run.dir={out} goes on", file=sys.stderr)
@@ -51,9 +54,8 @@ def launch(stage: str, cfg: DictConfig) -> float:
             time.sleep(OTHERS_WAIT_S)
         if hydra.mode.name == "MULTIRUN":  # Hydra shows only the first failure, at the end of the sweep
             print(f"job {hydra.job.num} failed: {error}", file=sys.stderr)
-            if not isinstance(error, RunDirectoryError) and not (out / "result.json").exists():
-                failure = {"format": 1, "status": "failed", "error": str(error), "stage": stage}
-                write_text(out / "result.json", json.dumps(failure))  # so that a report can tell of it
+            if not isinstance(error, RunDirectoryError):
+                write_failure(out, stage, str(error), over=False)  # so that a report can tell of it
         raise CompactHydraException(f"error: {error}") from None
     finally:
         release(out)
@@ -111,6 +113,6 @@ def _tidy(out: Path) -> None:
 
 
 if __name__ == "__main__":  # a rank that `launcher.spawn` has started
-    from slimming.stages.running import serve
+    from slimming.stages.running import run_rank
 
-    serve(Path(sys.argv[1]))
+    run_rank(Path(sys.argv[1]))

@@ -25,9 +25,9 @@ GROUPS = ("data", "optimizer", "scheduler", "trainer", "model")  # of a record's
 
 
 def check_record(record: dict, path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless a record of plain data has the form that `slimming.checkpoint` describes.
+    """Raise CheckpointError unless plain data has the form of a `records.Record`.
 
-    `data`, `config`, `stage`, `metrics` and `parent` may be missing: see `need`.
+    `data`, `config`, `stage`, `metrics` and `parent` may be missing: see `Record.need`.
     """
     for key, kinds in (("config", dict), ("data", dict), ("metrics", dict), ("stage", str), ("parent", str | None)):
         _expect(key not in record or isinstance(record[key], kinds), path, key, record.get(key))
@@ -42,13 +42,6 @@ def check_record(record: dict, path: str | os.PathLike) -> None:
     for key in ("decay_batchnorm", "channels_last"):
         _expect(isinstance(config.get(key, True), bool), path, f"config.{key}", config.get(key))
     _expect(_whole(config.get("seed", 0), 2**32, low=0), path, "config.seed", config.get("seed"))
-
-
-def need(record: dict, path: str | os.PathLike, *keys: str) -> None:
-    """Raise CheckpointError if a record lacks one of the keys."""
-    for key in keys:
-        if key not in record:
-            raise CheckpointError(f"{path} lacks {key!r} in its 'slimming' record: it can be loaded, not worked on")
 
 
 def _expect(good: bool, path: str | os.PathLike, key: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from conftest import compose_config
 from slimming import checkpoint, models
 from slimming.errors import ConfigError, GraphError
 from slimming.models import timm_zoo
+from slimming.records import RECORD_FORMAT
 from slimming.stages.training import normalised, train
 
 SMALL = ("model=timm", "model.name=test_resnet", "data=digits", "data.image_size=32", "trainer.max_epochs=1")
@@ -37,9 +38,9 @@ def test_a_pruned_one_is_rebuilt_from_its_checkpoint(tmp_path):
     model, example = models.build(spec["name"], **spec["arguments"]).eval(), torch.randn(2, 1, 64, 64)
     plan = slimming.trace(model, example).plan(slimming.GlobalRatio(0.4), ties="apart", score="random")
     thin = slimming.prune(model, plan)
-    record = {"format": checkpoint.FORMAT, "model": spec, "plans": [plan.to_dict()]}
+    record = {"format": RECORD_FORMAT, "model": spec, "plans": [plan.to_dict()]}
     state = {checkpoint.PREFIX + k: v for k, v in thin.state_dict().items()}
-    checkpoint.save({"state_dict": state, "slimming": record}, tmp_path / "pruned.ckpt")
+    checkpoint.write({"state_dict": state, "slimming": record}, tmp_path / "pruned.ckpt")
     assert torch.equal(slimming.load(tmp_path / "pruned.ckpt")(example), thin.eval()(example))
 
 

@@ -26,6 +26,7 @@ from slimming import checkpoint, models, ports
 from slimming.channels.plan import PruningPlan
 from slimming.data import ImageFolder
 from slimming.errors import SlimmingError
+from slimming.records import RECORD_FORMAT
 from slimming.report.collect import collect
 
 MEMORY = 1 << 30  # bytes that reading may add to what an idle process of ours has mapped
@@ -51,7 +52,7 @@ def small_checkpoint(folder: Path) -> dict:
     thin = slimming.prune(model, plan)
     data = {"num_classes": 10, "in_channels": 3, "image_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
     config = {"data": {"_target_": "slimming.data.Digits"}, "trainer": {"_target_": "lightning.pytorch.Trainer"}}
-    record = {"format": checkpoint.FORMAT, "model": spec, "plans": [plan.to_dict()], "data": data, "stage": "prune"}
+    record = {"format": RECORD_FORMAT, "model": spec, "plans": [plan.to_dict()], "data": data, "stage": "prune"}
     return {
         "state_dict": {checkpoint.PREFIX + k: v for k, v in thin.state_dict().items()},
         "slimming": record | {"metrics": {}, "config": config},

@@ -33,7 +33,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 def weights(out):
-    return checkpoint.read(out / "last.ckpt")["state_dict"]
+    return checkpoint.read(out / "last.ckpt").content["state_dict"]
 
 
 def same(a, b):
@@ -114,9 +114,9 @@ def test_data_that_change_before_the_resume(change, small, tmp_path, monkeypatch
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         stages.train(small(*options), tmp_path / "run")
     monkeypatch.setattr(Recorder, "on_train_epoch_end", original)
-    from slimming.stages import common
+    from slimming.stages import building
 
-    common._last_data.cache_clear()
+    building._last_data.cache_clear()
     _change(root, change)
     if change == "touched":
         stages.train(small(*options, "resume=true"), tmp_path / "run")

@@ -63,7 +63,7 @@ def result(out):
 def run(out, *overrides, stage="train"):
     kept = [o for o in SMALL if o.partition("=")[0] not in {x.partition("=")[0] for x in overrides}]
     base = kept if stage in ("train", "slim") else []
-    return stages.run(stage, compose_config(*base, *overrides, name=stage), out)
+    return stages.run_on_devices(stage, compose_config(*base, *overrides, name=stage), out)
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_killing_the_outer_process_ends_the_ranks(tmp_path):
     outer.wait()
     time.sleep(2)
     assert subprocess.run(["pgrep", "-f", f"{tmp_path}/run"], capture_output=True).returncode == 1
-    assert checkpoint.read(tmp_path / "run/last.ckpt")["epoch"] >= 0
+    assert checkpoint.read(tmp_path / "run/last.ckpt").content["epoch"] >= 0
 
 
 @pytest.mark.slow
@@ -289,9 +289,9 @@ def test_a_job_survives_its_description(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(launcher, "spawn", lambda job, n: seen.append((json.loads(json.dumps(job)), n)))
     cfg = compose_config(*SMALL, *TWO, "penalty.layers=[feature.*]")
-    stages.run("train", cfg, tmp_path)
+    stages.run_on_devices("train", cfg, tmp_path)
     monkeypatch.setitem(running.DISTRIBUTED, "train", lambda c, out: seen.append((c, out)))
-    running.work(seen[0][0])
+    running.run_job(seen[0][0])
     assert seen[0][1] == 2 and seen[1] == (cfg, tmp_path)
 
 
@@ -313,10 +313,12 @@ def test_an_imagenet_like_folder_end_to_end_in_two_processes(tmp_path):
         "data.num_workers=1",
     ]
     train = ["model=torchvision", "model.name=resnet18", "trainer.accelerator=cpu", "trainer.max_epochs=1", *TWO]
-    stages.run("train", compose_config(*data, *train, "trainer.enable_progress_bar=false"), tmp_path / "sparse")
+    stages.run_on_devices(
+        "train", compose_config(*data, *train, "trainer.enable_progress_bar=false"), tmp_path / "sparse"
+    )
     options = (f"checkpoint={tmp_path}/sparse/last.ckpt", "ratio=0.5", "latency_batch=0", "calibrate.batches=3")
     stages.prune(compose_config(*options, "trainer.accelerator=cpu", name="prune"), tmp_path / "pruned")
     cfg = compose_config(f"checkpoint={tmp_path}/pruned/pruned.ckpt", name="finetune")
-    accuracy = stages.run("finetune", cfg, tmp_path / "tuned")
+    accuracy = stages.run_on_devices("finetune", cfg, tmp_path / "tuned")
     assert result(tmp_path / "tuned")["n_test"] == 6 and round(accuracy * 6) == pytest.approx(accuracy * 6)
     assert result(tmp_path / "tuned")["cost"]["num_params"] < 0.5 * result(tmp_path / "sparse")["cost"]["num_params"]

@@ -13,6 +13,7 @@ from conftest import ROOT, SMALL, compose_config
 from slimming import checkpoint, models, stages
 from slimming.data.sampler import mix
 from slimming.errors import CheckpointError, ConfigError
+from slimming.records import Record
 from slimming.stages import finetuning
 from slimming.training.distillation import DistillingModule
 
@@ -39,7 +40,7 @@ def result(out):
 
 
 def state(out, name="last.ckpt"):
-    return checkpoint.read(out / name)["state_dict"]
+    return checkpoint.read(out / name).content["state_dict"]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -90,7 +91,7 @@ def test_fine_tuning_starts_from_the_calibrated_weights_and_scratch_from_none(fo
     finetune(path, tmp_path / "b", *frozen, "init=scratch")
     trained, kept, fresh = (slimming.load(p) for p in (path, tmp_path / "a/last.ckpt", tmp_path / "b/last.ckpt"))
     torch.testing.assert_close(dict(kept.named_parameters()), dict(trained.named_parameters()))
-    assert checkpoint.read(tmp_path / "b/last.ckpt")["slimming"]["plans"] == checkpoint.read(path)["slimming"]["plans"]
+    assert checkpoint.read(tmp_path / "b/last.ckpt").record.plans == checkpoint.read(path).record.plans
     for (name, a), b in zip(trained.named_parameters(), fresh.parameters(), strict=True):
         assert a.shape == b.shape and not torch.isclose(a, b, rtol=1e-3).any(), name
     assert result(tmp_path / "b")["role"] == "scratch"
@@ -198,13 +199,13 @@ def test_the_optimizer_state_goes_on_when_asked(folder, tmp_path):
     frozen = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "optimizer.weight_decay=0")
     finetune(path, tmp_path / "fresh", *frozen)
     finetune(path, tmp_path / "sliced", *frozen, "optimizer_state=true")
-    before = checkpoint.read(folder / "sparse/last.ckpt")
-    plan = slimming.PruningPlan.from_dict(checkpoint.read(path)["slimming"]["plans"][0])
+    before = checkpoint.read(folder / "sparse/last.ckpt").content
+    plan = slimming.PruningPlan.from_dict(checkpoint.read(path).content["slimming"]["plans"][0])
     dense = slimming.load(folder / "sparse/last.ckpt")
     names = [k for k, _ in dense.named_parameters() if not k.endswith((".1.weight", ".1.bias", ".5.weight", ".5.bias"))]
     names += [k for k, _ in dense.named_parameters() if k not in names]  # the BatchNorms' group comes second
     velocity = slimming.prune_optimizer_state(before["optimizer_states"][0], dense, plan, names)["state"]
-    a, b = (checkpoint.read(tmp_path / n / "last.ckpt")["optimizer_states"][0] for n in ("fresh", "sliced"))
+    a, b = (checkpoint.read(tmp_path / n / "last.ckpt").content["optimizer_states"][0] for n in ("fresh", "sliced"))
     assert a["param_groups"][0]["lr"] == b["param_groups"][0]["lr"]
     for i, old in velocity.items():
         new, gradient = b["state"][i]["momentum_buffer"], a["state"][i]["momentum_buffer"]
@@ -235,7 +236,7 @@ def test_an_own_class_and_further_passes(folder, tmp_path):
     options = (f"checkpoint={tmp_path}/ft/last.ckpt", "ratio=0.3", "latency_batch=0", "calibrate.batches=2")
     stages.prune(compose_config(*options, name="prune"), tmp_path / "p2")
     finetune(tmp_path / "p2/pruned.ckpt", tmp_path / "ft2", *SHORT)
-    record = checkpoint.read(tmp_path / "ft2/last.ckpt")["slimming"]
+    record = checkpoint.read(tmp_path / "ft2/last.ckpt").content["slimming"]
     assert len(record["plans"]) == 2
     slimming.load(tmp_path / "ft2/last.ckpt")(torch.zeros(1, 1, 8, 8))
 
@@ -261,7 +262,9 @@ def test_bad_values(overrides, error, words, folder, tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize("started", [stages.finetune, lambda *a: stages.run("finetune", *a)], ids=["stage", "run"])
+@pytest.mark.parametrize(
+    "started", [stages.finetune, lambda *a: stages.run_on_devices("finetune", *a)], ids=["stage", "run"]
+)
 def test_a_missing_checkpoint_is_recorded(started, tmp_path):
     with pytest.raises(CheckpointError):
         started(compose_config("checkpoint=nowhere.ckpt", name="finetune"), tmp_path / "run")
@@ -277,28 +280,37 @@ def test_a_trainer_without_epochs_is_refused(folder, tmp_path):
 
 
 def test_a_teacher_of_other_classes_is_refused(folder, tmp_path):
-    content = checkpoint.read(folder / "sparse/last.ckpt")
+    content = checkpoint.read(folder / "sparse/last.ckpt").content
     other = models.vgg(widths=[4], num_classes=7, in_channels=1)
     content["slimming"]["model"] = {"name": "vgg", "arguments": {"widths": [4], "num_classes": 7, "in_channels": 1}}
     content["state_dict"] = {f"model.{k}": v for k, v in other.state_dict().items()}
-    checkpoint.save(content, tmp_path / "t.ckpt")
+    checkpoint.write(content, tmp_path / "t.ckpt")
     with pytest.raises(ConfigError, match="knows 7 classes, the data have 10"):
         finetune(folder / "pruned/pruned.ckpt", tmp_path / "run", f"distill.teacher={tmp_path}/t.ckpt")
 
 
 def test_a_plan_without_a_look_at_train_mode_is_not_fine_tuned(folder, tmp_path):
-    content = checkpoint.read(folder / "pruned/pruned.ckpt")
+    content = checkpoint.read(folder / "pruned/pruned.ckpt").content
     content["slimming"]["plans"][0] |= {"train_watched": False, "train_reason": "targets are missing"}
-    checkpoint.save(content, tmp_path / "x.ckpt")
+    checkpoint.write(content, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=r"targets are missing.*train_input"):
         finetune(tmp_path / "x.ckpt", tmp_path / "run")
 
 
 def test_a_recipe_from_a_file_names_known_classes_only(folder, tmp_path):
-    content = checkpoint.read(folder / "pruned/pruned.ckpt")
+    content = checkpoint.read(folder / "pruned/pruned.ckpt").content
     content["slimming"]["config"]["optimizer"] = {"_target_": "os.system", "command": "true"}
-    checkpoint.save(content, tmp_path / "x.ckpt")
+    checkpoint.write(content, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="not built on a file's word alone"):
         finetune(tmp_path / "x.ckpt", tmp_path / "run")
     cfg = compose_config(f"checkpoint={tmp_path}/x.ckpt", "optimizer=sgd", name="finetune")
-    assert finetuning.recipe_of(cfg, content["slimming"]).optimizer["_target_"] == "torch.optim.SGD"
+    assert finetuning.recipe_of(cfg, Record.from_dict(content["slimming"])).optimizer["_target_"] == "torch.optim.SGD"
+
+
+def test_a_value_of_the_recipe_is_set_back_to_null(folder):
+    record = checkpoint.read(folder / "pruned/pruned.ckpt").record
+    record.config["trainer"] |= {"gradient_clip_val": 1.0}
+    compose = lambda *overrides: compose_config("checkpoint=x", *overrides, name="finetune")  # noqa: E731
+    assert finetuning.recipe_of(compose(), record).trainer["gradient_clip_val"] == 1.0
+    null = finetuning.recipe_of(compose("trainer.gradient_clip_val=null"), record)
+    assert null.trainer["gradient_clip_val"] is None and null.trainer["limit_train_batches"] == 4

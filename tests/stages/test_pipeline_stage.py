@@ -31,7 +31,7 @@ def result(out):
 
 
 def state(path):
-    return checkpoint.read(path)["state_dict"]
+    return checkpoint.read(path).content["state_dict"]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -117,7 +117,7 @@ def test_several_passes(tmp_path):
     slim(tmp_path, "ratio=0.3", "trainer.max_epochs=1", "passes=3")
     assert {k: v for k, v in times(tmp_path).items() if k in kept} == kept
     last = tmp_path / "pass-3" / "ratio-0.3"
-    plans = checkpoint.read(last / "finetuned/last.ckpt")["slimming"]["plans"]
+    plans = checkpoint.read(last / "finetuned/last.ckpt").content["slimming"]["plans"]
     assert len(plans) == 3
     costs = [result(tmp_path / p / "ratio-0.3/pruned")["cost"]["num_params"] for p in ("", "pass-2", "pass-3")]
     assert costs[0] > costs[1] > costs[2]

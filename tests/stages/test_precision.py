@@ -35,7 +35,7 @@ def result(out):
 
 
 def recorded(path):
-    return checkpoint.read(path)["slimming"]["config"]["trainer"]["precision"]
+    return checkpoint.read(path).content["slimming"]["config"]["trainer"]["precision"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_ranks_are_told_the_settled_value(machine, tmp_path, monkeypatch, capsys
     machine("amx_bf16")
     monkeypatch.setattr(launcher, "spawn", lambda job, n: seen.append(job["config"]["trainer"]["precision"]))
     monkeypatch.setattr(running, "_processes", lambda trainer: 2)
-    stages.run("train", compose_config(*SMALL, AUTO), tmp_path)
+    stages.run_on_devices("train", compose_config(*SMALL, AUTO), tmp_path)
     assert seen == ["bf16-mixed"] and capsys.readouterr().out.count("precision=auto") == 1
 
 
@@ -134,18 +134,18 @@ def test_a_run_in_fp16_does_not_go_on_in_bf16(small, machine, tmp_path):
     cfg = small("+callbacks.stop={_target_: test_train_stage.Stop, epoch: 1}")
     with pytest.raises(SystemExit):
         stages.train(cfg, tmp_path)
-    content = checkpoint.read(tmp_path / "last.ckpt")
+    content = checkpoint.read(tmp_path / "last.ckpt").content
     content["slimming"]["config"]["trainer"]["precision"] = "16-mixed"
-    checkpoint.save(content, tmp_path / "last.ckpt")
+    checkpoint.write(content, tmp_path / "last.ckpt")
     with pytest.raises(ConfigError, match=r"precision=16-mixed needs a GPU.*resume it on one"):
         stages.train(small(AUTO, "resume=true"), tmp_path)
 
 
 def test_what_a_file_says_of_the_precision_is_not_run(small, tmp_path):
     stages.train(small("trainer.max_epochs=1"), tmp_path)
-    content = checkpoint.read(tmp_path / "last.ckpt")
+    content = checkpoint.read(tmp_path / "last.ckpt").content
     content["slimming"]["config"]["trainer"]["precision"] = {"_target_": "os.mkdir", "path": str(tmp_path / "evil")}
-    checkpoint.save(content, tmp_path / "last.ckpt")
+    checkpoint.write(content, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="not built on a file's word alone"):
         stages.train(small(AUTO, "resume=true"), tmp_path)
     assert not (tmp_path / "evil").exists()

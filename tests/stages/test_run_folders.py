@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SMALL, compose_config
 from slimming import stages
 from slimming.errors import CheckpointError, ConfigError, RunDirectoryError
-from slimming.stages import common, running
+from slimming.stages import recording, running
 from slimming.training import launcher
 
 HOLD = (
@@ -75,9 +75,9 @@ def test_the_record_of_an_interrupted_run_survives_those_who_are_refused(sparse,
     ):
         base = SMALL if stage == "train" else (f"checkpoint={sparse}",)
         with pytest.raises(RunDirectoryError, match=words):
-            stages.run(stage, compose_config(*base, *overrides, name=stage), tmp_path) if stage != "prune" else (
-                stages.prune(compose_config(*base, *overrides, name=stage), tmp_path)
-            )
+            stages.run_on_devices(
+                stage, compose_config(*base, *overrides, name=stage), tmp_path
+            ) if stage != "prune" else (stages.prune(compose_config(*base, *overrides, name=stage), tmp_path))
     assert content(tmp_path) == before and result(tmp_path)["error"] == "interrupted"
 
 
@@ -93,7 +93,7 @@ def test_ranks_are_refused_as_their_class_of_error_says(tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "spawn", spawn)
     monkeypatch.setattr(running, "_processes", lambda trainer: 2)
     with pytest.raises(RunDirectoryError, match="taken"):
-        stages.run("train", compose_config(*SMALL), tmp_path)
+        stages.run_on_devices("train", compose_config(*SMALL), tmp_path)
     assert (tmp_path / "result.json").read_text() == "{}"
 
 
@@ -114,7 +114,7 @@ def test_an_early_failure_is_recorded_too(stage, overrides, error, words, tmp_pa
     name = stage.rpartition(" ")[2]
     cfg = compose_config(*overrides, name=name)
     with pytest.raises(error, match=words):
-        stages.run(name, cfg, tmp_path) if stage != name else getattr(stages, stage)(cfg, tmp_path)
+        stages.run_on_devices(name, cfg, tmp_path) if stage != name else getattr(stages, stage)(cfg, tmp_path)
     assert (result(tmp_path)["status"], result(tmp_path)["stage"]) == ("failed", name)
     assert words.split(" is no ")[0] in result(tmp_path)["error"]
 
@@ -133,7 +133,7 @@ def test_a_pruning_that_is_done_again_keeps_its_claim(sparse, tmp_path, monkeypa
     (out / "left").mkdir(parents=True)
     (out / "plan.json").write_text("half")
     seen = []
-    monkeypatch.setattr(common, "versions", lambda: seen.append(os.listdir(out)) if out.exists() else None)
+    monkeypatch.setattr(recording, "versions", lambda: seen.append(os.listdir(out)) if out.exists() else None)
     stages.slim(compose_config(*SMALL, *quick, name="slim"), tmp_path)
     assert [".lock"] in seen and (out / "pruned.ckpt").exists() and not (out / "left").exists()
 

@@ -54,7 +54,7 @@ def result(out):
 
 
 def weights(out):
-    return checkpoint.read(out / "last.ckpt")["state_dict"]
+    return checkpoint.read(out / "last.ckpt").content["state_dict"]
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -86,7 +86,7 @@ def test_a_training_leaves_its_record(small, tmp_path, capsys):
     penalty = 0.01 * sum(float(g.abs().sum()) for g in gammas)
     assert record["history"][-1]["train/penalty"] == pytest.approx(penalty, rel=1e-5)
     text = capsys.readouterr().out
-    assert "travel budget" in text and "WARNING" in text and "Warning" not in text
+    assert "maximum shrinkage" in text and "WARNING" in text and "Warning" not in text
 
 
 def test_the_same_command_gives_the_same_weights(small, tmp_path):
@@ -125,9 +125,9 @@ def test_resumed_equals_uninterrupted(setting, small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         stages.train(compose_config(*overrides, "+callbacks.stop={_target_: test_train_stage.Stop, epoch: 1}"), stopped)
     assert (result(stopped)["status"], result(stopped)["error"]) == ("failed", "interrupted")
-    assert checkpoint.read(stopped / "last.ckpt")["epoch"] == 0
+    assert checkpoint.read(stopped / "last.ckpt").content["epoch"] == 0
     stages.train(compose_config(*overrides, "resume=true"), stopped)
-    a, b = (checkpoint.read(p / "last.ckpt") for p in (straight, stopped))
+    a, b = (checkpoint.read(p / "last.ckpt").content for p in (straight, stopped))
     assert equal(a["state_dict"], b["state_dict"])
     for own, other in zip(
         a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True
@@ -227,7 +227,7 @@ def test_starting_from_an_earlier_network(small, tmp_path):
 def test_a_loss_that_becomes_nan_keeps_the_last_good_epoch(small, tmp_path):
     with pytest.raises(TrainingError, match="loss became NaN or infinite in epoch 2, step 2"):
         stages.train(small("+callbacks.poison._target_=test_train_stage.Poison"), tmp_path)
-    assert checkpoint.read(tmp_path / "last.ckpt")["epoch"] == 0
+    assert checkpoint.read(tmp_path / "last.ckpt").content["epoch"] == 0
     assert all(v.isfinite().all() for v in weights(tmp_path).values())
     assert "epoch 2, step 2" in result(tmp_path)["error"]
 
@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_the_last_good_epoch(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         stages.train(small(), tmp_path)
-    assert checkpoint.read(tmp_path / "last.ckpt")["epoch"] == 0
+    assert checkpoint.read(tmp_path / "last.ckpt").content["epoch"] == 0
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_killed_training_resumes(tmp_path):
     finally:
         process.kill()
         process.wait()
-    epoch = checkpoint.read(out / "last.ckpt")["epoch"]
+    epoch = checkpoint.read(out / "last.ckpt").content["epoch"]
     assert epoch < 59
     done = run(*long, "resume=true")
     assert done.returncode == 0 and "resuming after epoch" in done.stdout

@@ -23,7 +23,7 @@ class PlanOptions:
     reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
     min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)
     max_layer_ratio: float = option(
-        1.0, "largest share of one BatchNorm's channels that may go, in (0, 1]", low=0, high=1, above=True
+        1.0, "largest share of one BatchNorm's channels that may go", low=0, high=1, above=True
     )
     round_to: int = option(
         1, "kept channels of every BatchNorm are rounded up to a multiple of this", low=1, whole=True

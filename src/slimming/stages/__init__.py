@@ -4,7 +4,7 @@ from slimming.stages.finetuning import finetune
 from slimming.stages.pipeline import slim
 from slimming.stages.pruning import prune
 from slimming.stages.reporting import report
-from slimming.stages.running import run
+from slimming.stages.running import run_on_devices
 from slimming.stages.training import train
 
-__all__ = ["finetune", "prune", "report", "run", "slim", "train"]
+__all__ = ["finetune", "prune", "report", "run_on_devices", "slim", "train"]

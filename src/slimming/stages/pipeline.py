@@ -22,14 +22,15 @@ from slimming.config import (
 )
 from slimming.errors import RunDirectoryError
 from slimming.folders import LOCK, claimed
-from slimming.records import config_differences
-from slimming.stages.common import finished, model_spec
+from slimming.records import config_differences, finished
+from slimming.stages.building import model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
+from slimming.stages.fitting import LAST
 from slimming.stages.precision import settled
-from slimming.stages.pruning import PRUNED, prune
+from slimming.stages.pruning import PRUNED, SILENT, prune
 from slimming.stages.reporting import report
-from slimming.stages.running import run
-from slimming.stages.training import LAST, train
+from slimming.stages.running import run_on_devices
+from slimming.stages.training import train
 
 
 def slim(cfg: SlimConfig, out: Path) -> float:
@@ -70,31 +71,34 @@ def _slim(cfg: SlimConfig, out: Path) -> float:
 
 def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Path]:
     """Prune and fine-tune folder/sparse at one ratio; return the accuracy and the checkpoint that is left."""
-    sparse, place = folder / "sparse" / LAST, folder / _name(cfg, ratio)
+    sparse, thinned = folder / "sparse" / LAST, folder / _name(cfg, ratio)
     options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
-    devices = cfg.trainer.get("devices")
-    one_device = {"_target_": "lightning.pytorch.Trainer", "devices": devices[:1] if isinstance(devices, list) else 1}
-    one_device |= {"logger": False, "enable_progress_bar": False}
-    one_device |= {k: cfg.trainer.get(k) for k in ("accelerator", "limit_test_batches", "limit_val_batches")}
-    one_device |= {"enable_checkpointing": False, "enable_model_summary": False}
-    pruning = PruneConfig(**options | {"ratio": ratio}, checkpoint=str(sparse), seed=cfg.seed, trainer=one_device)
-    pruning.model, pruning.data = _own_model(cfg), cfg.data
-    _stage(prune, pruning, place / "pruned")
-    thin = place / "pruned" / PRUNED
+    pruning = PruneConfig(**options | {"ratio": ratio}, checkpoint=str(sparse), seed=cfg.seed, trainer=_one_device(cfg))
+    pruning.model, pruning.data = _unregistered_model(cfg), cfg.data
+    _stage(prune, pruning, thinned / "pruned")
+    thin = thinned / "pruned" / PRUNED
     length = {"max_epochs": cfg.finetune.max_epochs} if cfg.finetune.max_epochs else {}
     rate = {"lr": cfg.finetune.lr} if cfg.finetune.lr else {}
     teacher = DistillConfig(teacher=str(sparse) if cfg.finetune.distill else None)
     tuning = _tuning(cfg, thin, trainer=length, optimizer=rate, distill=teacher)
-    accuracy = _stage(finetune, tuning, place / "finetuned")
+    accuracy = _stage(finetune, tuning, thinned / "finetuned")
     if cfg.finetune.scratch:
-        _stage(finetune, _tuning(cfg, thin, init="scratch"), place / "scratch")
-    return accuracy, place / "finetuned" / LAST
+        _stage(finetune, _tuning(cfg, thin, init="scratch"), thinned / "scratch")
+    return accuracy, thinned / "finetuned" / LAST
+
+
+def _one_device(cfg: SlimConfig) -> dict[str, Any]:
+    """Return the values of a Trainer for pruning: one device, without what belongs to training."""
+    devices = cfg.trainer.get("devices")
+    kept = {k: cfg.trainer.get(k) for k in ("accelerator", "limit_test_batches", "limit_val_batches")}
+    one = devices[:1] if isinstance(devices, list) else 1
+    return {"_target_": "lightning.pytorch.Trainer", "devices": one, "precision": None} | SILENT | kept
 
 
 def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
-    """Describe a fine-tuning; what a checkpoint's word is not enough for is taken from the command line."""
+    """Describe a fine-tuning; classes that a checkpoint may not name by itself are taken from the command line."""
     same = {k: getattr(cfg, k) for k in ("compile", "sync_batchnorm", "logger", "callbacks")}
-    same |= {"model": _own_model(cfg), "data": cfg.data}
+    same |= {"model": _unregistered_model(cfg), "data": cfg.data}
     for group in ("optimizer", "scheduler"):
         given = more.get(group) or {}
         same[group] = getattr(cfg, group) | given
@@ -103,7 +107,7 @@ def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
     return FinetuneConfig(checkpoint=str(path), **more | same)
 
 
-def _own_model(cfg: SlimConfig) -> dict:
+def _unregistered_model(cfg: SlimConfig) -> dict:
     """Return the model's group where it is not a registered one, which checkpoints rebuild by themselves."""
     return {} if model_spec(cfg.model, {}) else cfg.model
 
@@ -134,7 +138,7 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
         with claimed(folder):
             _clear(folder)  # the leftovers of an interrupted pruning
             return prune(cfg, folder)
-    return run(stage.__name__, dataclasses.replace(cfg, resume=(folder / LAST).exists()), folder)
+    return run_on_devices(stage.__name__, dataclasses.replace(cfg, resume=(folder / LAST).exists()), folder)
 
 
 def _clear(folder: Path) -> None:

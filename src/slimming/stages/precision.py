@@ -10,7 +10,8 @@ import torch
 
 from slimming import checkpoint
 from slimming.errors import CheckpointError, ConfigError
-from slimming.stages.common import rank_zero
+from slimming.records import Record
+from slimming.stages.recording import rank_zero
 
 AUTO = "auto"
 FULL = "32-true"
@@ -18,16 +19,16 @@ NAMES = {"cpu": "CPU", "cuda": "GPU"}  # of the device types whose abilities are
 
 
 def settled(trainer: dict[str, Any], *began: Path) -> dict[str, Any]:
-    """Return a Trainer's values with another precision in the place of `auto`, and say which.
+    """Return a Trainer's values with another precision instead of `auto`, and say which.
 
     Args:
-        began: last.ckpt of the run that is going on, or places where it may be: its precision stays.
+        began: paths where last.ckpt of the run that is going on may be: its precision stays.
     """
     if trainer.get("precision") != AUTO:
         return trainer
     before = next((path for path in began if path.exists()), None)
     if before:
-        precision, why = of_record(checkpoint.read(before)["slimming"]), "as the run began"
+        precision, why = of_record(checkpoint.read(before).record), "as the run began"
     else:
         precision, why = best(trainer)
     if rank_zero():
@@ -35,13 +36,13 @@ def settled(trainer: dict[str, Any], *began: Path) -> dict[str, Any]:
     return trainer | {"precision": precision}
 
 
-def of_record(record: dict) -> str | int:
+def of_record(record: Record) -> str | int:
     """Return the precision that a checkpoint's training ran in.
 
     Raises:
         CheckpointError: it is not a plain value; a file is data, and what it names is not run.
     """
-    precision = (record["config"].get("trainer") or {}).get("precision") or FULL
+    precision = ((record.config or {}).get("trainer") or {}).get("precision") or FULL
     if not isinstance(precision, str | int) or "$" in str(precision):  # OmegaConf would resolve it
         raise CheckpointError(
             f"the checkpoint's trainer.precision is {str(precision)[:200]}, which is not built on a file's word alone: "

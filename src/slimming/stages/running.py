@@ -11,23 +11,24 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from slimming import checkpoint
-from slimming import config as schemas
-from slimming.config import FinetuneConfig, TrainConfig, plain
+from slimming.config import SCHEMAS, FinetuneConfig, TrainConfig, plain
 from slimming.errors import ConfigError, RunDirectoryError
 from slimming.folders import claimed, joined
 from slimming.ranks import started_externally
-from slimming.stages.common import build, cause, finished, inherit, quiet, record_failure
+from slimming.records import finished, write_failure
+from slimming.stages.building import build, inherit
 from slimming.stages.finetuning import finetune
+from slimming.stages.fitting import LAST
 from slimming.stages.precision import AUTO, settled
-from slimming.stages.training import LAST, train
+from slimming.stages.recording import cause, quiet
+from slimming.stages.training import train
 from slimming.training import launcher
-from slimming.untrusted import need
 
 DISTRIBUTED: dict[str, Callable[[Any, Path], float]] = {"train": train, "finetune": finetune}
 
 
-def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
-    """Run `train` or `finetune` here, or in one process per device if there are several.
+def run_on_devices(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
+    """Run `train` or `finetune` in this process, or in one process per device if there are several.
 
     Returns:
         What the stage returns: the test accuracy.
@@ -42,7 +43,7 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
                 if cfg.trainer.get("precision") == AUTO:  # once, for all ranks
                     given = settled(_trainer(cfg), out / LAST)["precision"]
                     cfg = dataclasses.replace(cfg, trainer=cfg.trainer | {"precision": given})
-                job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
+                job = {"stage": stage, "config": plain(cfg), "out": str(out)}
                 launcher.spawn(job, processes)
         if processes == 1:
             return DISTRIBUTED[stage](cfg, out)
@@ -57,18 +58,18 @@ def _failure_recorded(out: Path, stage: str) -> Iterator[None]:
     except RunDirectoryError:  # what is recorded there is another run's
         raise
     except BaseException as error:
-        record_failure(out, stage, cause(error))
+        write_failure(out, stage, cause(error))
         raise
 
 
-def serve(place: Path) -> None:
-    """Be one rank of the job that `launcher.spawn` has described in the folder `place`."""
-    launcher.serve(place, work)
+def run_rank(job_folder: Path) -> None:
+    """Be one rank of the job that `launcher.spawn` has described in a folder."""
+    launcher.serve(job_folder, run_job)
 
 
-def work(job: dict) -> None:
-    """Do one rank's part of a job that `run` has described."""
-    schema = OmegaConf.structured(getattr(schemas, job["schema"]))
+def run_job(job: dict) -> None:
+    """Do one rank's part of a job that `run_on_devices` has described."""
+    schema = OmegaConf.structured(SCHEMAS[job["stage"]])
     cfg = OmegaConf.to_object(OmegaConf.merge(schema, job["config"]))
     with joined(Path(job["out"])):
         DISTRIBUTED[job["stage"]](cfg, Path(job["out"]))
@@ -77,9 +78,8 @@ def work(job: dict) -> None:
 def _trainer(cfg: TrainConfig | FinetuneConfig) -> dict:
     if isinstance(cfg, TrainConfig):
         return cfg.trainer
-    record = checkpoint.read(cfg.checkpoint)["slimming"]
-    need(record, cfg.checkpoint, "config")
-    return inherit("trainer", cfg.trainer, record["config"].get("trainer"))
+    record = checkpoint.read(cfg.checkpoint).record.need(cfg.checkpoint, "config")
+    return inherit("trainer", cfg.trainer, (record.config or {}).get("trainer"))
 
 
 def _processes(trainer: dict) -> int:

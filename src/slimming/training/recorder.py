@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all (Lightning's own goes through the system's temporary folder)."""
 
     def save_checkpoint(self, checkpoint_: dict, path, storage_options=None) -> None:
-        checkpoint.save(checkpoint_, path)
+        checkpoint.write(checkpoint_, path)
 
 
 class Recorder(Checkpoint):

@@ -1,0 +1,126 @@
+"""Checks of a composed configuration: each value against its declaration, then values against each other."""
+
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, SlimConfig, TrainConfig
+from slimming.errors import ConfigError, check_number
+from slimming.options import check_options
+
+DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
+NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
+NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
+
+
+def check(cfg: DictConfig) -> Any:
+    """Turn a composed configuration into its dataclass and check it.
+
+    Raises:
+        ConfigError: a value out of range, or values that exclude each other.
+    """
+    config = OmegaConf.to_object(without_missing(cfg))
+    if isinstance(config, SlimConfig) and not _given(config) and config.criterion is None:
+        config.ratio = DEFAULT_RATIO
+    check_options(config)
+    checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
+    for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
+        if isinstance(config, kind):
+            function(config)
+    return config
+
+
+def without_missing(cfg: DictConfig) -> DictConfig:
+    """Return a configuration whose groups hold only values that were given: those of `checkpoint` groups are missing.
+
+    So a value that is null was set to null.
+    """
+    cfg = cfg.copy()
+    for name in [name for name in cfg if isinstance(name, str)]:
+        node = None if OmegaConf.is_missing(cfg, name) else cfg[name]
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
+            given = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
+            cfg[name] = {key: value for key, value in given.items() if value != MISSING}
+    return cfg
+
+
+def _given(config: PruneOptions) -> dict[str, Any]:
+    """Return the values that decide the criterion, by key: those that are given."""
+    values = {"ratio": config.ratio, "threshold": config.threshold}
+    values |= {"budget.macs": config.budget.macs, "budget.params": config.budget.params}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def criterion_name(config: PruneOptions) -> str:
+    """Return which criterion the values ask for: global, per_layer, threshold, optimal or budget.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    values = _given(config)
+    given = tuple(values)
+    fits = [name for name, keys in NEEDS.items() if given in ((key,) for key in keys) or (not given and not keys)]
+    name = config.criterion or next((f for f in fits if f != "optimal"), None)
+    if name in fits:
+        return name
+    got = [f"criterion={config.criterion}"] * bool(config.criterion) + [f"{key}={values[key]}" for key in given]
+    raise ConfigError(
+        "give exactly one criterion: ratio=0.7 (of all channels; with criterion=per_layer of each layer's), "
+        "budget.macs=0.5 or budget.params=0.5 (the share that may remain), threshold=1e-3, or criterion=optimal; "
+        f"got {' and '.join(got) or 'none'}"
+    )
+
+
+def ratios(config: SlimConfig) -> list[float | None]:
+    """Return the ratios to prune at; [None] where another criterion is asked for."""
+    return config.ratio if isinstance(config.ratio, list) else [config.ratio]
+
+
+def _check_train(config: TrainConfig) -> None:
+    check_number("trainer.max_epochs", config.trainer.get("max_epochs"), 1, whole=True)
+    if config.resume and config.init_from:
+        raise ConfigError(
+            "resume=true and init_from exclude each other: resume goes on with the run directory's own run"
+        )
+
+
+def _check_pruning(config: PruneOptions) -> None:
+    if config.convention != "exact" and (config.ratio is None or config.criterion not in (None, "global")):
+        raise ConfigError(f"convention={config.convention} is for a global ratio only")
+
+
+def _check_prune(config: PruneConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/last.ckpt is needed: the network to prune")
+    if not config.inspect:
+        criterion_name(config)
+    devices = config.trainer.get("devices")
+    if devices not in (None, 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigError(
+            f"trainer.devices must be 1 (or a list of one device), got {devices}: pruning takes one device"
+        )
+
+
+def _check_finetune(config: FinetuneConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to fine-tune")
+    if config.init == "scratch" and config.optimizer_state:
+        raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
+    if config.trainer.get("max_epochs") is not None:
+        check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
+
+
+def _check_slim(config: SlimConfig) -> None:
+    if config.ratio == []:
+        raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
+    if len(set(ratios(config))) < len(ratios(config)):
+        raise ConfigError(f"ratio={config.ratio} names a share twice")
+    if config.passes > 1 and len(ratios(config)) > 1:
+        raise ConfigError(f"ratio={config.ratio} with passes={config.passes}: several passes take one ratio")
+    if config.passes > 1 and not config.sparsity:
+        raise ConfigError("passes > 1 needs sparsity > 0: every further pass sparsifies the thin network again")
+    if config.resume or config.init_from:
+        raise ConfigError(
+            "slim.py goes on by itself where it stopped: give the same hydra.run.dir, not resume or init_from"
+        )
+    criterion_name(config)

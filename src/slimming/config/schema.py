@@ -1,0 +1,214 @@
+"""Every option of the command line, declared once: type, default, meaning, and what is allowed.
+
+The groups (model, data, optimizer ...) are open here: their values stand in configs/<group>/,
+and the signature of their `_target_` is their schema.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from slimming.channels.options import PlanOptions
+from slimming.options import option
+
+Group = dict[str, Any]
+
+
+@dataclass
+class PenaltyConfig:
+    """Which gammas are penalised."""
+
+    layers: list[str] | None = option(
+        None, "shell patterns of BatchNorm layers to penalise, e.g. ['layer1.*']; null: all with a trainable scale"
+    )
+
+
+@dataclass
+class TrainOptions:
+    """How a network is trained."""
+
+    sparsity: float = option(1e-4, "lambda of the gamma penalty (paper, equation 1); 0 trains the baseline", low=0)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    decay_batchnorm: bool = option(True, "weight decay also acts on gamma and beta, as in the paper")
+    channels_last: bool = option(True, "memory layout (N, H, W, C): faster convolutions, same numbers up to rounding")
+    compile: bool = option(False, "torch.compile the network")
+    sync_batchnorm: bool = option(False, "BatchNorm statistics over all devices (GPUs)")
+    seed: int = option(1, "of weights, order and augmentation", low=0, high=2**32 - 1, whole=True)
+    resume: bool = option(False, "true: go on with the run in hydra.run.dir")
+    logger: Group = field(default_factory=dict)
+    callbacks: Group = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig(TrainOptions):
+    """One training."""
+
+    model: Group = MISSING
+    data: Group = MISSING
+    optimizer: Group = MISSING
+    scheduler: Group = MISSING
+    trainer: Group = MISSING
+    init_from: str | None = option(None, "a checkpoint whose weights to start from")
+
+
+@dataclass
+class BudgetConfig:
+    """What may remain; one of the two."""
+
+    macs: float | None = option(None, "share of the dense network's MACs that may remain", low=0, high=1, above=True)
+    params: float | None = option(
+        None, "share of the dense network's parameters that may remain", low=0, high=1, above=True
+    )
+
+
+@dataclass
+class CalibrateConfig:
+    """Calibration of the BatchNorm statistics after pruning."""
+
+    batches: int = option(
+        100,
+        "training batches to re-estimate the BatchNorm statistics on; 0: not at all, as in the paper's code",
+        low=0,
+        whole=True,
+    )
+
+
+@dataclass
+class PruneOptions(PlanOptions):
+    """What to remove, and what to do then."""
+
+    criterion: str | None = option(
+        None,
+        "which channels go: global (default with ratio), per_layer (with ratio), threshold, budget, or optimal (with delta)",
+        choices=("global", "per_layer", "threshold", "optimal", "budget"),
+    )
+    ratio: float | None = option(None, "share of the channels to remove", low=0, high=1, below=True)
+    threshold: float | None = option(None, "remove the channels with |gamma| <= threshold", low=0)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    delta: float = option(
+        1e-3,
+        "criterion=optimal: share of every layer's squared gammas that may go (arXiv:2003.04566)",
+        low=0,
+        high=1,
+    )
+    convention: str = option(
+        "exact",
+        "exact: the ratio to the channel; reference: keep strictly above sort(|gamma|)[int(ratio * N)], as the reference "
+        "implementations do",
+        choices=("exact", "reference"),
+    )
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    test: bool = option(True, "measure the accuracy before pruning, before calibration and after it")
+    latency_batch: int = option(
+        64, "images per forward pass when both networks are timed; 0: not timed", low=0, whole=True
+    )
+
+
+@dataclass
+class PruneConfig(PruneOptions):
+    """One pruning. The groups hold what was given; the rest is as in the checkpoint's training."""
+
+    checkpoint: str | None = option(
+        None, "the network to prune: last.ckpt, a pruned.ckpt, or a file of a reference implementation (with model=)"
+    )
+    seed: int = option(1, "of score=random", low=0, high=2**32 - 1, whole=True)
+    inspect: bool = option(False, "true: print what could go and the statistics of the gammas; nothing is written")
+    model: Group = field(default_factory=dict)
+    data: Group = field(default_factory=dict)
+    trainer: Group = field(default_factory=dict)
+    logger: Group = field(default_factory=dict)
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher."""
+
+    teacher: str | None = option(None, "a checkpoint of any stage whose logits to learn from; null: no teacher")
+    temperature: float = option(4.0, "that softens the teacher's and the student's logits", low=0, above=True)
+    alpha: float = option(0.9, "weight of the teacher in the loss", low=0, high=1)
+
+
+@dataclass
+class FinetuneConfig(TrainOptions):
+    """One fine-tuning. The groups hold what was given; the rest is as in the checkpoint's training."""
+
+    sparsity: float = option(0.0, "lambda of the gamma penalty; > 0 prepares another pass of pruning", low=0)
+    decay_batchnorm: bool | None = option(None, "null: as in the checkpoint's training")
+    channels_last: bool | None = option(None, "null: as in the checkpoint's training")
+    seed: int | None = option(None, "null: as in the checkpoint's training", low=0, high=2**32 - 1, whole=True)
+    checkpoint: str | None = option(None, "the network to train: a pruned.ckpt, or a checkpoint of any other stage")
+    init: str = option(
+        "weights",
+        "weights: the checkpoint's; scratch: fresh weights for the same architecture",
+        choices=("weights", "scratch"),
+    )
+    epochs_by: str = option(
+        "epochs",
+        "macs: train as many epochs as the dense network's compute buys, at most 4 times as many",
+        choices=("epochs", "macs"),
+    )
+    optimizer_state: bool = option(
+        False, "true: begin with the optimizer state of the training before the pruning, sliced as the weights were"
+    )
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    model: Group = field(default_factory=dict)
+    data: Group = field(default_factory=dict)
+    optimizer: Group = field(default_factory=dict)
+    scheduler: Group = field(default_factory=dict)
+    trainer: Group = field(default_factory=dict)
+
+
+@dataclass
+class TuneConfig:
+    """The fine-tuning within slim.py."""
+
+    max_epochs: int | None = option(None, "of the fine-tuning; null: as the sparse training", low=1, whole=True)
+    lr: float | None = option(None, "where its learning rate starts; null: as the sparse training", low=0, above=True)
+    distill: bool = option(False, "true: the sparse network is the teacher")
+    scratch: bool = option(False, "true: also train the thin architecture from fresh weights")
+
+
+@dataclass
+class SlimConfig(TrainConfig, PruneOptions):
+    """The whole pipeline: a training's values, a pruning's, and how often."""
+
+    ratio: Any = option(
+        None,
+        "share of the channels to remove, or a list of shares: each is pruned and fine-tuned; null without "
+        "another criterion: 0.5",
+        low=0,
+        high=1,
+        below=True,
+    )
+    passes: int = option(
+        1,
+        "how often to train sparsely, prune and fine-tune, each time on the network that the last pass left (paper, table 4)",
+        low=1,
+        whole=True,
+    )
+    baseline: bool = option(False, "true: train the unpenalised network as well")
+    finetune: TuneConfig = field(default_factory=TuneConfig)
+
+
+@dataclass
+class ReportConfig:
+    """A report on the runs below a folder."""
+
+    runs: str = option("runs", "the folder whose result.json files are reported, however deep they lie")
+    out: str | None = option(None, "where report.html, report.md, report.csv and figures/ go; null: into that folder")
+
+
+SCHEMAS = {
+    "train": TrainConfig,
+    "prune": PruneConfig,
+    "finetune": FinetuneConfig,
+    "slim": SlimConfig,
+    "report": ReportConfig,
+}
+
+
+def plain(config: Any) -> dict:
+    """Return a configuration dataclass as plain dicts and lists."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,110 @@
+"""Where a pruning's network comes from: a checkpoint of ours, or a file of a reference implementation."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming import checkpoint, ports
+from slimming.checkpoint import Checkpoint
+from slimming.config import PruneConfig
+from slimming.data import ImageData
+from slimming.errors import ConfigError, DataError
+from slimming.records import Record
+from slimming.stages.building import build, build_data, dtype_of, inherit, model_label, model_spec
+
+REFERENCE_SIZE = 32  # pixels of the images of all data sets that reference implementations train on
+
+
+@dataclass
+class Source:
+    """The network to prune, in eval mode on the CPU, and the record that it came with."""
+
+    model: nn.Module
+    record: Record
+
+    @property
+    def label(self) -> str:
+        return model_label(self.record.model, self.model)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The configuration of its training, {} where that is unknown."""
+        return self.record.config or {}
+
+    @property
+    def example(self) -> torch.Tensor:
+        """One black image, (1, C, H, W), in the network's precision."""
+        seen = self.record.data or {}
+        return torch.zeros(1, seen["in_channels"], seen["image_size"], seen["image_size"], dtype=dtype_of(self.model))
+
+
+def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
+    """Load the network, and its data if calibration or a test will need them.
+
+    Raises:
+        CheckpointError: no checkpoint of ours nor of a known reference implementation.
+        DataError: the data are not there.
+    """
+    weights = ports.read(cfg.checkpoint)
+    if weights is not None:
+        return _load_reference(cfg, weights)
+    saved = checkpoint.read(cfg.checkpoint)
+    saved.record.need(cfg.checkpoint, "config", "data")
+    return _load_ours(cfg, saved)
+
+
+def _load_ours(cfg: PruneConfig, saved: Checkpoint) -> tuple[Source, ImageData | None]:
+    node = inherit("data", cfg.data, (saved.record.config or {}).get("data"))
+    data = _load_data(cfg, node, "data=<name>")
+    _check_classes(cfg, data, saved.record.io_shape)
+    record = replace(saved.record, stage="prune", config=(saved.record.config or {}) | {"data": node})
+    if data:
+        record.data = data.statistics()
+    return Source(checkpoint.rebuild(saved, _given_network(cfg, saved.record.io_shape)), record), data
+
+
+def _load_reference(cfg: PruneConfig, weights: dict[str, torch.Tensor]) -> tuple[Source, ImageData | None]:
+    data = _load_data(cfg, cfg.data, "data=cifar10 or another")
+    io_shape = ports.heads(weights)
+    _check_classes(cfg, data, io_shape)
+    given = _given_network(cfg, io_shape)
+    if given is None:
+        raise ConfigError(
+            f"{cfg.checkpoint} is of a reference implementation and does not name its network: "
+            "give model=vgg19, model=preresnet164, model=densenet40 (there: model.init_channels=24) ..."
+        )
+    example = torch.zeros(1, io_shape["in_channels"], REFERENCE_SIZE, REFERENCE_SIZE)
+    model, plans = ports.convert(weights, given, example, cfg.checkpoint)
+    record = Record(model_spec(cfg.model, io_shape), [p.to_dict() for p in plans], "prune", {"data": cfg.data})
+    record.data = data.statistics() if data else io_shape | {"image_size": REFERENCE_SIZE}
+    return Source(model, record), data
+
+
+def _given_network(cfg: PruneConfig, io_shape: dict[str, int]) -> nn.Module | None:
+    """Build the dense network that the command line names, None for the checkpoint's."""
+    return build("model", cfg.model, **io_shape) if cfg.model.get("_target_") else None
+
+
+def _check_classes(cfg: PruneConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:
+    if data and data.num_classes != io_shape["num_classes"]:
+        raise ConfigError(
+            f"the data have {data.num_classes} classes, {cfg.checkpoint} was trained for {io_shape['num_classes']}"
+        )
+
+
+def _load_data(cfg: PruneConfig, node: dict, choice: str) -> ImageData | None:
+    """Load the data if they are needed; `choice` is what to give where none are named."""
+    if cfg.inspect or not (cfg.test or cfg.calibrate.batches):
+        return None
+    advice = "calibration and accuracy need the data: give {}, or go without by calibrate.batches=0 test=false"
+    if not node.get("_target_"):
+        raise DataError(advice.format(choice))
+    try:
+        data = build_data(node)
+        data.prepare_data()
+        data.setup()
+    except DataError as error:
+        raise DataError(f"{error}; {advice.format('data.root=<folder>')}") from error
+    return data
