@@ -152,15 +152,26 @@ def test_troubles_are_told_and_skipped(runs, capsys):
     write(runs, "bad/partial", {"format": 1, "status": "finished", "role": "sparse", "model": "x"})
     write(runs, "bad/role", trained("king"))
     write(runs, "bad/cost", trained("sparse") | {"cost": {"macs": "many"}})
+    write(runs, "bad/bins", trained("sparse") | {"gammas": {"edges": [0, 1, 2], "counts": [[1, 2, 3]]}})
+    write(runs, "bad/history", trained("sparse") | {"history": [{"train/loss": 1.0}]})
+    write(runs, "bad/widths", trained("sparse") | {"widths": [8, "P"]})
+    write(runs, "bad/latency", pruned("../base1/last.ckpt") | {"latency_ms": {"before": 0, "after": 1}})
     write(runs, "bad/binary", "x")
     (runs / "bad/binary/result.json").write_bytes(b"\xff\xfe\x00")
     write(runs, "died", {"format": 1, "status": "failed", "stage": "prune", "error": "ratio must lie in [0, 1) | <b>"})
     report(ReportConfig(runs=str(runs)))
     text = (runs / "report.md").read_text().split("## What failed")[1]
-    assert text.count("bad/") == 8 and "ratio must lie in [0, 1) \\| <b>" in text
+    assert text.count("bad/") == 12 and "ratio must lie in [0, 1) \\| <b>" in text
     page = (runs / "report.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "died: prune failed: ratio must lie in [0, 1)" in capsys.readouterr().out
+
+
+def test_a_training_that_diverged_is_reported(tmp_path):
+    rows = [row | {"train/loss": float("nan"), "test/loss": float("nan")} for row in trained("sparse")["history"]]
+    write(tmp_path, "a", trained("sparse", history=rows))
+    report(ReportConfig(runs=str(tmp_path)))
+    assert len(table_of(tmp_path, "stages")) == 1 and "loss and accuracy" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("content", [None, {"x": 1}])

@@ -1,5 +1,6 @@
 """Reading result.json files of any age and from any machine: what cannot be used is listed, not raised."""
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def _fault(result: Any) -> str:
         return ""
     if result.get("status") != "finished":
         return f"status {result.get('status')!r} is neither finished nor failed"
-    return _wrong_kind(result) or _wrong_numbers(result)
+    return _wrong_kind(result) or _wrong_numbers(result) or _wrong_series(result)
 
 
 def _wrong_kind(result: dict) -> str:
@@ -92,15 +93,45 @@ def _wrong_numbers(result: dict) -> str:
     ratio = result.get("ratio")
     if pruned and not (isinstance(ratio, dict) and isinstance(ratio.get("got"), float | int)):
         return "incomplete: ratio needs asked and got"
+    if pruned and not isinstance(ratio.get("asked"), float | int | None):
+        return "incomplete: ratio asked is not a number"
     return ""
+
+
+def _wrong_series(result: dict) -> str:
+    """Look at what pictures are drawn of: histories, histograms, widths, latencies; all of them may be missing."""
+    gammas, latency = result.get("gammas") or {}, result.get("latency_ms")
+    edges, counts = gammas.get("edges", [0.0, 1.0]), gammas.get("counts", [])
+    fitting = isinstance(edges, list) and isinstance(counts, list) and len(edges) > 1
+    if not fitting or not _increasing(edges) or not all(_numbers(row, len(edges) - 1) for row in counts):
+        return "incomplete: gammas is of another kind"
+    rows = result.get("history") or []
+    if not all(isinstance(row, dict) and _numbers([row.get("epoch"), *row.values()]) for row in rows):
+        return "incomplete: history is of another kind"
+    if latency and not (_numbers([latency.get(k) for k in ("before", "after")]) and latency["before"] > 0):
+        return "incomplete: latency_ms is of another kind"
+    for key in ("widths", "widths_before"):
+        widths = result.get(key)
+        if widths is not None and not (isinstance(widths, list) and _numbers([w for w in widths if w != "M"])):
+            return f"incomplete: {key} is of another kind"
+    return ""
+
+
+def _numbers(values: Any, count: int | None = None) -> bool:
+    """Tell whether a value is a list of numbers, and of so many; NaN is one: it is the loss of a training that diverged."""
+    return isinstance(values, list) and all(isinstance(v, float | int) for v in values) and count in (None, len(values))
+
+
+def _increasing(edges: list) -> bool:
+    return _numbers(edges) and edges[0] >= 0 and all(a < b for a, b in itertools.pairwise(edges))
 
 
 def _cut_circle(run: Run) -> None:
     """Forget a parent that leads back to its child (two copied folders can do that)."""
-    seen, now = {id(run)}, run
+    seen, now = {run}, run
     while now.parent is not None:
-        if id(now.parent) in seen:
+        if now.parent in seen:
             now.parent = None
             return
-        seen.add(id(now.parent))
+        seen.add(now.parent)
         now = now.parent

@@ -7,11 +7,8 @@ import numpy as np
 from slimming.report.drawing import DARK, GREY, LIGHT, MIDDLE, LogBins, pyplot, save_figure
 from slimming.report.outcomes import Kind, Point
 
-SETTINGS = [
-    (DARK, "o"),
-    (MIDDLE, "s"),
-    ("#5fa2ce", "^"),
-]  # colour and marker of the curves; more could not be told apart
+# Colour and marker of the settings of a sweep: more curves could not be told apart.
+SETTINGS = [(DARK, "o"), (MIDDLE, "s"), ("#5fa2ce", "^")]
 STYLES = {  # of the kinds of network in `tradeoff`, the last drawn above the others
     Kind.SPARSE: {"marker": "s", "color": GREY, "markersize": 6},
     Kind.BEFORE_CALIBRATION: {"marker": "o", "color": "#5fa2ce", "markersize": 5, "mfc": "white"},

@@ -32,7 +32,9 @@ def timeline(trainings: list[tuple[str, list[dict]]], path: Path, title: str = "
                 axes.axvline(start + 0.5, color=GREY, linewidth=0.8)
             axes.annotate(name, (start + 0.7, 1), (0, 3), ("data", "axes fraction"), "offset points", fontsize=8)
             start += history[-1]["epoch"]
-        axes.set(xlabel="epoch", ylabel=label)
+        axes.set(
+            xlabel="epoch", ylabel=label, xlim=(0.5 - 0.02 * start, 0.5 + 1.02 * start)
+        )  # fixed: all values may be NaN
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[1].legend(loc="lower right", fontsize=8)
@@ -67,7 +69,7 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: fl
         axes.plot(columns, line, color=MIDDLE, linewidth=1.5 if q == 50 else 0.8)
         axes.annotate(f"{q}%", (columns[-1], line[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8)
     bins.label(axes.yaxis)
-    axes.set(xlabel="epoch (0: before training)", ylabel="|gamma|", xlim=(-0.5, len(columns) - 0.2))
+    axes.set(xlabel="epoch (0: before training)", ylabel="|gamma|", xlim=(-0.5, 1.07 * len(columns) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{sum(counts[-1]):,} BatchNorm scales, lambda {sparsity:g}; lines: quantiles", fontsize=11)
     figure.colorbar(mesh, label="share of gammas (%)", ticks=[0, 1, 5, 20, 50, 100])

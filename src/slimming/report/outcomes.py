@@ -82,7 +82,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def options(run: Run) -> list[str]:
-    """Name what the last pruning was told, but for the ratio, where it is not the default: `max_layer_ratio 0.9`."""
+    """Name the options of the last pruning that differ from their defaults, but for the ratio: `max_layer_ratio 0.9`."""
     if not run.prunings:
         return []
     config, criterion = run.prunings[-1].result["config"], run.prunings[-1].result.get("criterion") or {}
@@ -110,7 +110,7 @@ def _kinds(run: Run) -> list[Kind]:
 def _order(outcome: Outcome) -> tuple:
     """Sort by pass, dense networks first; then by setting, simple ones first; then by ratio; then by kind."""
     run = outcome.first
-    sparse, told = run.nearest("sparse"), options(run)
+    sparse, chosen = run.nearest("sparse"), options(run)
     training = (sparse.epochs, sparse.result["config"].get("sparsity") or 0) if sparse else (0, 0)
     dense = outcome.kind if not run.passes else Kind.BEFORE_CALIBRATION
-    return (run.passes, dense, len(told), told, training, run.asked or 0, run.removed or 0, outcome.kind)
+    return (run.passes, dense, len(chosen), chosen, training, run.asked or 0, run.removed or 0, outcome.kind)

@@ -100,7 +100,8 @@ def _sweep(made: list[Outcome], curves: dict[str, Points], path: Path) -> list:
 
 def _architectures(made: list[Outcome], drawn: list[str], path: Path) -> list:
     found = [o for o in made if o.kind is Kind.BEFORE_CALIBRATION]
-    runs = {run: len(o.runs) > 1 for o in found for run in o.runs if isinstance(run.result.get("widths_before"), list)}
+    known = ("widths", "widths_before")
+    runs = {run: len(o.runs) > 1 for o in found for run in o.runs if all(run.result.get(key) for key in known)}
     if not runs:
         return []
     table = tables.architectures([*runs])
@@ -108,7 +109,7 @@ def _architectures(made: list[Outcome], drawn: list[str], path: Path) -> list:
     for run in ([run for run in runs if words.setting(run) in drawn] or [*runs])[:MOST_ROWS]:
         setting, seed, removed = tables.architecture_name(run)
         name = f"{setting}{f', seed {seed}' * runs[run]}: {removed} removed"
-        rows.append((name, run.prunings[0].result["widths_before"], run.result["widths"]))
+        rows.append((name, run.prunings[0].result.get("widths_before") or [], run.result["widths"]))
     if len({len(widths) for _, *both in rows for widths in both}) > 1:  # whole BatchNorms went: no common axis
         return [table]
     comparisons.kept(rows, path)

@@ -15,7 +15,7 @@ def training(run: Run) -> str:
 
 
 def setting(run: Run) -> str:
-    """Name what a network was told, but for the ratio: `lambda 0.0005, 20 epochs, max_layer_ratio 0.9`."""
+    """Name how a network was trained and pruned, but for the ratio: `lambda 0.0005, 20 epochs, max_layer_ratio 0.9`."""
     source = run.nearest("sparse") or (run if run.role == "baseline" else None)
     return ", ".join([*([training(source)] if source and training(source) else []), *options(run)]) or "-"
 
