@@ -3,7 +3,7 @@
 from PIL import Image
 
 from slimming.report import comparisons, figures
-from slimming.report.collect import Run
+from slimming.report.drawing import LogBins, pyplot
 
 
 def test_curves_and_gammas(tmp_path):
@@ -25,10 +25,18 @@ def test_epochs_without_evaluation(tmp_path):
 def test_a_threshold_below_all_bins_is_labelled_where_it_is_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(comparisons, "save_figure", lambda figure, path: drawn.append(figure))
-    edges = [0.0, 1e-3, 1e-2, 1e-1, 1.0]
-    sparse = Run(tmp_path, {"gammas": {"counts": [[5, 0, 2, 3]], "edges": edges}})
-    pruned = {"gammas": {"threshold": 1e-12}, "ratio": {"asked": 0.3}, "score": "gamma"}
-    comparisons.thresholds(sparse, [Run(tmp_path, pruned)], tmp_path / "x.png")
-    (axis,) = drawn[0].axes
-    (label,) = axis.texts
-    assert label.get_text() == "ratio 0.3" and label.xy[0] == axis.lines[0].get_xdata()[0] == -4
+    comparisons.thresholds([5, 0, 2, 3], [0.0, 1e-3, 1e-2, 1e-1, 1.0], [(1e-12, "ratio 0.3")], tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    (label,) = axes.texts
+    assert label.get_text() == "ratio 0.3" and label.xy[0] == axes.lines[0].get_xdata()[0] == -4
+
+
+def test_bins_of_gamma():
+    bins = LogBins([0.0, 1e-3, 1e-2, 1e-1, 1.0], [0, 4, 0, 2])
+    assert bins.edges.tolist() == [-4, -3, -2, -1, 0] and bins.shown_edges.tolist() == [-3, -2, -1, 0]
+    assert [bins.position(value) for value in (0.0, 1e-9, 1e-2)] == [-4, -4, -2]
+    axes = pyplot().figure().add_subplot()
+    bins.label(axes.xaxis)
+    assert axes.get_xticks().tolist() == [-3, -2, -1, 0]
+    LogBins([0.0, 1e-3, 1e-2, 1e-1, 1.0], [1, 4, 0, 0]).label(axes.xaxis)
+    assert axes.get_xticklabels()[0].get_text() == "0" and axes.get_xticks().tolist() == [-4, -3, -2]

@@ -2,75 +2,17 @@
 
 import csv
 import html.parser
-import json
 import random
+import re
 
 import pytest
 from PIL import Image
+from recorded import pruned, trained, tuned, write
 
 from slimming.config import ReportConfig
 from slimming.errors import DataError
-from slimming.report import collect, published, sections
-from slimming.report.page import COLUMNS
+from slimming.report import collect, published, tables, words
 from slimming.stages.reporting import report
-
-
-def history(epochs):
-    keys = ("train/loss", "train/acc", "test/loss", "test/acc", "lr")
-    return [{"epoch": e + 1} | {k: 0.5 + 0.01 * e for k in keys} for e in range(epochs)]
-
-
-def trained(role, seed=1, accuracy=0.8, epochs=3, sparsity=1e-4, parent=None, **more):
-    edges = [0.0] + [10 ** (-6 + i / 8) for i in range(57)]
-    counts = [[0] * 57 for _ in range(2)]
-    counts[-1][0], counts[-1][40] = 5, 15
-    return {
-        "format": 1,
-        "status": "finished",
-        "stage": "train",
-        "role": role,
-        "model": "vgg11",
-        "data": "digits",
-        "seed": seed,
-        "parent": parent,
-        "metrics": {"test/acc": accuracy},
-        "cost": {"num_params": 1000, "macs": 50_000},
-        "activation_bytes": 4000,
-        "size_bytes": 4100,
-        "widths": [8, "M", 12],
-        "history": history(epochs),
-        "gammas": {"edges": edges, "counts": counts},
-        "config": {"sparsity": sparsity, "seed": seed, "data": {"seed": seed, "root": f"/x/{seed}/images"}},
-    } | more
-
-
-def pruned(parent, asked=0.5, seed=1, got=None, cost=400, **config):
-    told = {"ties": "together", "score": "gamma", "ratio": asked, "calibrate": {"batches": 100}} | config
-    return trained("pruned", seed, parent=parent, stage="prune", config=told, history=None) | {
-        "metrics": {"test/acc_before": 0.8, "test/acc_pruned": 0.1 * (asked or 0), "test/acc": 0.8 - (asked or 0) / 10},
-        "cost": {"num_params": cost, "macs": 20_000},
-        "cost_before": {"num_params": 1000, "macs": 50_000},
-        "widths_before": [8, "M", 12],
-        "widths": [4, "M", 6],
-        "ratio": {"asked": asked, "got": got or asked},
-        "criterion": {"criterion": "GlobalRatio", "ratio": asked},
-        "score": "gamma",
-        "plan": {"put_back": 2},
-        "gammas": {"kept": [1], "removed": [1], "edges": [0, 1], "threshold": 0.01 * (asked or 0.3)},
-        "latency_ms": {"before": 10.0, "after": 5.0, "batch": 64, "device": "cpu, 2 threads", "precision": "32-true"},
-    }
-
-
-def tuned(parent, role="finetuned", seed=1, accuracy=0.79, **more):
-    config = {"finetune": {"init": "weights", "distill": {"teacher": None}}, "seed": seed}
-    return trained(role, seed, accuracy, parent=parent, stage="finetune", config=config, **more) | {
-        "cost": {"num_params": 400, "macs": 20_000}
-    }
-
-
-def write(folder, name, result):
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / "result.json").write_text(result if isinstance(result, str) else json.dumps(result))
 
 
 @pytest.fixture
@@ -91,7 +33,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.links, self.titles = [], [], []
+        self.open, self.links, self.titles = [], [], {"h2": [], "h3": []}
         self.feed(text)
         assert not self.open
 
@@ -104,13 +46,13 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == "h2":
-            self.titles.append(data)
+        if self.open and self.open[-1] in self.titles:
+            self.titles[self.open[-1]].append(data)
 
 
 def table_of(folder, title):
     """Return the first table of a section of report.md as a list of dicts."""
-    text = next(t for t in (folder / "report.md").read_text().split("\n## ") if title in t.splitlines()[0])
+    text = next(t for t in re.split("\n##+ ", (folder / "report.md").read_text()) if t.splitlines()[0] == title)
     head, _, *rows = [
         [c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -121,31 +63,41 @@ def test_every_section(runs, tmp_path, capsys):
     report(ReportConfig(runs=str(runs), out=str(tmp_path / "out")))
     out = tmp_path / "out"
     page = Page((out / "report.html").read_text())
-    kinds = ["stages", "accuracy against the ratio", "architectures", "distribution of |gamma|", "loss and accuracy"]
-    assert [t.split(": ")[1][: len(k)] for t, k in zip(page.titles, kinds, strict=True)] == kinds
+    assert page.titles["h2"] == ["vgg11 on digits, 1,000 parameters dense"]
+    short = [
+        "stages",
+        "accuracy against the ratio",
+        "architectures",
+        "|gamma| after sparse training",
+        "loss and accuracy",
+    ]
+    assert page.titles["h3"] == short
+    assert re.findall("^##+ (.*)$", (out / "report.md").read_text(), re.MULTILINE) == [*page.titles["h2"], *short]
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     assert "http" not in (out / "report.html").read_text().replace("<!DOCTYPE html>", "")
     assert sum(link.startswith("data:") for link in page.links) == len(list((out / "figures").iterdir()))
     for picture in (out / "figures").iterdir():
         Image.open(picture).verify()
-    stages = {row["network"]: row for row in table_of(out, ": stages")}
-    assert stages["baseline, 3 epochs"]["test accuracy (%)"] == "82.00 ± 1.00 (n=3)"
-    assert stages["sparse, lambda 0.0001, 3 epochs"]["test accuracy (%)"] == "81.00 ± 1.00 (n=3)"
-    name = "pruned, ratio 0.5 [lambda 0.0001, 3 epochs]"
-    assert stages[f"{name}: at once"]["test accuracy (%)"] == "5.00 ± 0.00 (n=3)"
-    fine = stages[f"{name}: fine-tuned, 3 epochs"]
+    stages = {row["network"]: row for row in table_of(out, "stages")}
+    assert stages["baseline"]["test accuracy (%)"] == "82.00 ± 1.00 (n=3)"
+    assert stages["sparse"]["test accuracy (%)"] == "81.00 ± 1.00 (n=3)"
+    assert stages["sparse"]["setting"] == "lambda 0.0001, 3 epochs" and stages["baseline"]["setting"] == "3 epochs"
+    assert stages["pruned, ratio 0.5: before calibration"]["test accuracy (%)"] == "5.00 ± 0.00 (n=3)"
+    fine = stages["pruned, ratio 0.5: fine-tuned, 3 epochs"]
     assert fine["test accuracy (%)"] == "80.00 ± 1.00 (n=3)" and fine["channels removed"] == "50.0%"
     assert fine["parameters"] == "400 (-60.0%)" and fine["MACs (M)"] == "0.02 (-60.0%)" and fine["FLOPs (M)"] == "0.04"
-    assert fine["latency (ms)"] == "10.0 -> 5.0" and stages["baseline, 3 epochs"]["latency (ms)"] == "-"
-    sweep = table_of(out, ": accuracy against the ratio")
-    assert [row["asked"] for row in sweep] == ["0.1", "0.3", "0.5", "0.5", "0.5", "0.7"]
-    assert sweep[0]["fine-tuned (%)"] == "-" and sweep[2]["fine-tuned (%)"] == "79.00"
+    assert fine["latency (ms)"] == "10.0 -> 5.0" and stages["baseline"]["latency (ms)"] == "-"
+    ratios = table_of(out, "accuracy against the ratio")
+    assert [row["asked"] for row in ratios] == ["0.1", "0.3", "0.5", "0.7"]
+    assert [row["fine-tuned (%)"] for row in ratios] == ["-", "-", "80.00 ± 1.00 (n=3)", "-"]
+    assert [row["restored"] for row in ratios] == ["2"] * 4
     with (out / "report.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 15 and tuple(lines[0]) == COLUMNS
+    assert len(lines) == 15 and tuple(lines[0]) == tables.CSV
     assert {line["run"] for line in lines} >= {"base1", "sweep/0.1"}
     shown = capsys.readouterr().out
     assert "80.00 ± 1.00 (n=3)" in shown and str(out / "report.html") in shown
+    assert shown.count("vgg11 on digits") == 1 and "60% fewer parameters" in shown
 
 
 def test_only_repetitions_of_one_experiment_are_averaged(tmp_path):
@@ -153,11 +105,8 @@ def test_only_repetitions_of_one_experiment_are_averaged(tmp_path):
         config = {"sparsity": 1e-4, "seed": seed, "trainer": {"max_epochs": epochs}}
         write(tmp_path, name, trained("sparse", seed, accuracy, epochs, config=config))
     report(ReportConfig(runs=str(tmp_path)))
-    rows = {r["network"]: r["test accuracy (%)"] for r in table_of(tmp_path, ": stages")}
-    assert rows == {
-        "sparse, lambda 0.0001, 3 epochs": "60.00 ± 14.14 (n=2)",
-        "sparse, lambda 0.0001, 4 epochs": "90.00",
-    }
+    rows = {r["setting"]: r["test accuracy (%)"] for r in table_of(tmp_path, "stages")}
+    assert rows == {"lambda 0.0001, 3 epochs": "60.00 ± 14.14 (n=2)", "lambda 0.0001, 4 epochs": "90.00"}
 
 
 def test_what_does_not_matter_to_the_result_makes_no_other_experiment(tmp_path):
@@ -166,7 +115,7 @@ def test_what_does_not_matter_to_the_result_makes_no_other_experiment(tmp_path):
         config["data"] = {"seed": seed, "num_workers": workers, "eval_batch_size": size}
         write(tmp_path, f"run{seed}", trained("sparse", seed, 0.6 + 0.1 * seed, config=config))
     report(ReportConfig(runs=str(tmp_path)))
-    assert [r["test accuracy (%)"] for r in table_of(tmp_path, ": stages")] == ["80.00 ± 10.00 (n=3)"]
+    assert [r["test accuracy (%)"] for r in table_of(tmp_path, "stages")] == ["80.00 ± 10.00 (n=3)"]
 
 
 def test_other_data_and_unknown_origins_are_no_repetitions(tmp_path):
@@ -178,7 +127,7 @@ def test_other_data_and_unknown_origins_are_no_repetitions(tmp_path):
     write(tmp_path, "f", pruned("../a/last.ckpt", None, got=0.3) | {"ratio": {"asked": None, "got": 0.3}})
     write(tmp_path, "g", pruned("../a/last.ckpt", 0.3))
     report(ReportConfig(runs=str(tmp_path)))
-    rows = table_of(tmp_path, ": stages")
+    rows = table_of(tmp_path, "stages")
     assert [r["test accuracy (%)"] for r in rows if r["network"].startswith("sparse")] == [
         "80.00 ± 0.00 (n=2)",
         "80.00",
@@ -192,7 +141,7 @@ def test_sections_without_data_are_left_out(tmp_path):
         del result[key]
     write(tmp_path, "a", result)
     report(ReportConfig(runs=str(tmp_path)))
-    assert [t.split(": ")[1] for t in Page((tmp_path / "report.html").read_text()).titles] == ["stages"]
+    assert Page((tmp_path / "report.html").read_text()).titles["h3"] == ["stages"]
 
 
 def test_troubles_are_told_and_skipped(runs, capsys):
@@ -203,15 +152,26 @@ def test_troubles_are_told_and_skipped(runs, capsys):
     write(runs, "bad/partial", {"format": 1, "status": "finished", "role": "sparse", "model": "x"})
     write(runs, "bad/role", trained("king"))
     write(runs, "bad/cost", trained("sparse") | {"cost": {"macs": "many"}})
+    write(runs, "bad/bins", trained("sparse") | {"gammas": {"edges": [0, 1, 2], "counts": [[1, 2, 3]]}})
+    write(runs, "bad/history", trained("sparse") | {"history": [{"train/loss": 1.0}]})
+    write(runs, "bad/widths", trained("sparse") | {"widths": [8, "P"]})
+    write(runs, "bad/latency", pruned("../base1/last.ckpt") | {"latency_ms": {"before": 0, "after": 1}})
     write(runs, "bad/binary", "x")
     (runs / "bad/binary/result.json").write_bytes(b"\xff\xfe\x00")
     write(runs, "died", {"format": 1, "status": "failed", "stage": "prune", "error": "ratio must lie in [0, 1) | <b>"})
     report(ReportConfig(runs=str(runs)))
     text = (runs / "report.md").read_text().split("## What failed")[1]
-    assert text.count("bad/") == 8 and "ratio must lie in [0, 1) \\| <b>" in text
+    assert text.count("bad/") == 12 and "ratio must lie in [0, 1) \\| <b>" in text
     page = (runs / "report.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "died: prune failed: ratio must lie in [0, 1)" in capsys.readouterr().out
+
+
+def test_a_training_that_diverged_is_reported(tmp_path):
+    rows = [row | {"train/loss": float("nan"), "test/loss": float("nan")} for row in trained("sparse")["history"]]
+    write(tmp_path, "a", trained("sparse", history=rows))
+    report(ReportConfig(runs=str(tmp_path)))
+    assert len(table_of(tmp_path, "stages")) == 1 and "loss and accuracy" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("content", [None, {"x": 1}])
@@ -272,4 +232,4 @@ def test_natural_order():
 
 
 def test_percent():
-    assert [sections.percent(v) for v in ([], [None], [0.5], [0.5, 0.6])] == ["-", "-", "50.00", "55.00 ± 7.07 (n=2)"]
+    assert [words.percent(v) for v in ([], [None], [0.5], [0.5, 0.6])] == ["-", "-", "50.00", "55.00 ± 7.07 (n=2)"]

@@ -124,7 +124,7 @@ def test_several_passes(tmp_path):
     again = result(tmp_path / "pass-2/sparse")
     assert (again["role"], again["config"]["sparsity"]) == ("sparse", 0.01)
     text = (tmp_path / "report.md").read_text()
-    table = text.split(": passes")[1].split("##")[0]
+    table = text.split("### passes")[1].split("##")[0]
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
         "pass",
         "1",

@@ -1,72 +1,17 @@
-"""Reading result.json files: of any age and from any machine; what cannot be used is told, not raised."""
+"""Reading result.json files of any age and from any machine: what cannot be used is listed, not raised."""
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimming.records import what_matters
+from slimming.report.runs import ROLES, Run
 
-ROLES = ("baseline", "sparse", "pruned", "finetuned", "scratch")
-
-
-@dataclass
-class Run:
-    """One finished stage.
-
-    Attributes:
-        folder: where its result.json lies.
-        result: its content.
-        parent: the run that its checkpoint came from, if that is in the collection.
-    """
-
-    folder: Path
-    result: dict[str, Any]
-    parent: "Run | None" = None
-
-    @property
-    def role(self) -> str:
-        return self.result["role"]
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.result["metrics"].get("test/acc")
-
-    @property
-    def chain(self) -> list["Run"]:
-        """This run and those that it came from, the first first."""
-        return [*(self.parent.chain if self.parent else []), self]
-
-    def nearest(self, role: str) -> "Run | None":
-        """Return the last run of a role in the chain."""
-        return next((run for run in reversed(self.chain) if run.role == role), None)
-
-    @property
-    def sparsity(self) -> float | None:
-        run = self.nearest("sparse")
-        return run and run.result["config"].get("sparsity")
-
-    @property
-    def dense(self) -> dict[str, Any] | None:
-        """{num_params, macs} of the network before any pruning, as far back as is known."""
-        first = self.chain[0].result
-        return first.get("cost_before") or (first["cost"] if first["role"] in ("baseline", "sparse") else None)
-
-    @property
-    def identity(self) -> str:
-        """What this run and those before it were told, but for seeds and places: equal for repetitions of one experiment."""
-        first = self.chain[0]
-        unknown = first.result.get("parent") if first.parent is None else None
-        return json.dumps([unknown, *(_told(run.result["config"]) for run in self.chain)], sort_keys=True)
-
-    @property
-    def seeds(self) -> tuple:
-        return tuple(run.result.get("seed") for run in self.chain)
-
-    @property
-    def passes(self) -> int:
-        return sum(run.role == "pruned" for run in self.chain)
+NEEDED = {"role": str, "model": str, "metrics": dict, "cost": dict, "config": dict}
+OPTIONAL = {"seed": int, "data": str, "parent": str, "n_test": int, "history": list, "plan": dict, "criterion": dict}
+OPTIONAL |= {"gammas": dict, "latency_ms": dict}
 
 
 @dataclass
@@ -99,20 +44,13 @@ def collect(folder: Path) -> Collection:
             found.failed.append((name, str(result.get("stage")), str(result.get("error"))))
         else:
             found.runs.append(Run(path.parent, result))
-    places = {os.path.realpath(run.folder): run for run in found.runs}
+    by_folder = {os.path.realpath(run.folder): run for run in found.runs}
     for run in found.runs:
         if parent := run.result.get("parent"):
-            run.parent = places.get(os.path.dirname(os.path.realpath(run.folder / parent)))
+            run.parent = by_folder.get(os.path.dirname(os.path.realpath(run.folder / parent)))
     for run in found.runs:
         _cut_circle(run)
     return found
-
-
-def _told(config: dict[str, Any]) -> dict[str, Any]:
-    told = {key: value for key, value in what_matters(config).items() if key not in ("seed", "data.seed")}
-    data = config.get("data")
-    root = data.get("root") if isinstance(data, dict) else None
-    return told | ({"data.root": Path(str(root)).name} if root else {})  # which data, not where
 
 
 def _natural(path: Path) -> list:
@@ -131,34 +69,69 @@ def _fault(result: Any) -> str:
         return ""
     if result.get("status") != "finished":
         return f"status {result.get('status')!r} is neither finished nor failed"
-    wanted = {"role": str, "model": str, "metrics": dict, "cost": dict, "config": dict}
-    for key, kind in wanted.items():
+    return _wrong_kind(result) or _wrong_numbers(result) or _wrong_series(result)
+
+
+def _wrong_kind(result: dict) -> str:
+    for key, kind in NEEDED.items():
         if not isinstance(result.get(key), kind):
             return f"incomplete: {key} is {'missing' if key not in result else 'of another kind'}"
-    for key, kind in {"seed": int, "data": str, "parent": str, "n_test": int, "history": list}.items():
+    for key, kind in OPTIONAL.items():
         if not isinstance(result.get(key), kind | None):
             return f"incomplete: {key} is of another kind"
+    return "" if result["role"] in ROLES else f"unknown role {result['role']!r}"
+
+
+def _wrong_numbers(result: dict) -> str:
+    pruned = result["role"] == "pruned"
     if not all(isinstance(value, float | int | None) for value in result["metrics"].values()):
         return "incomplete: metrics are not numbers"
-    if result["role"] not in ROLES:
-        return f"unknown role {result['role']!r}"
-    costs = ("cost", "cost_before") if result["role"] == "pruned" else ("cost",)
-    for key in costs:
+    for key in ("cost", "cost_before") if pruned else ("cost",):
         cost = result.get(key)
         if not isinstance(cost, dict) or not all(isinstance(cost.get(k), int) for k in ("num_params", "macs")):
             return f"incomplete: {key} needs num_params and macs"
     ratio = result.get("ratio")
-    if result["role"] == "pruned" and not (isinstance(ratio, dict) and isinstance(ratio.get("got"), float | int)):
+    if pruned and not (isinstance(ratio, dict) and isinstance(ratio.get("got"), float | int)):
         return "incomplete: ratio needs asked and got"
+    if pruned and not isinstance(ratio.get("asked"), float | int | None):
+        return "incomplete: ratio asked is not a number"
     return ""
+
+
+def _wrong_series(result: dict) -> str:
+    """Look at what pictures are drawn of: histories, histograms, widths, latencies; all of them may be missing."""
+    gammas, latency = result.get("gammas") or {}, result.get("latency_ms")
+    edges, counts = gammas.get("edges", [0.0, 1.0]), gammas.get("counts", [])
+    fitting = isinstance(edges, list) and isinstance(counts, list) and len(edges) > 1
+    if not fitting or not _increasing(edges) or not all(_numbers(row, len(edges) - 1) for row in counts):
+        return "incomplete: gammas is of another kind"
+    rows = result.get("history") or []
+    if not all(isinstance(row, dict) and _numbers([row.get("epoch"), *row.values()]) for row in rows):
+        return "incomplete: history is of another kind"
+    if latency and not (_numbers([latency.get(k) for k in ("before", "after")]) and latency["before"] > 0):
+        return "incomplete: latency_ms is of another kind"
+    for key in ("widths", "widths_before"):
+        widths = result.get(key)
+        if widths is not None and not (isinstance(widths, list) and _numbers([w for w in widths if w != "M"])):
+            return f"incomplete: {key} is of another kind"
+    return ""
+
+
+def _numbers(values: Any, count: int | None = None) -> bool:
+    """Tell whether a value is a list of numbers, and of so many; NaN is one: it is the loss of a training that diverged."""
+    return isinstance(values, list) and all(isinstance(v, float | int) for v in values) and count in (None, len(values))
+
+
+def _increasing(edges: list) -> bool:
+    return _numbers(edges) and edges[0] >= 0 and all(a < b for a, b in itertools.pairwise(edges))
 
 
 def _cut_circle(run: Run) -> None:
     """Forget a parent that leads back to its child (two copied folders can do that)."""
-    seen, now = {id(run)}, run
+    seen, now = {run}, run
     while now.parent is not None:
-        if id(now.parent) in seen:
+        if now.parent in seen:
             now.parent = None
             return
-        seen.add(id(now.parent))
+        seen.add(now.parent)
         now = now.parent

@@ -6,18 +6,19 @@ from pathlib import Path
 from slimming.config import ReportConfig
 from slimming.errors import DataError
 from slimming.files import remove_temporaries, write_text
-from slimming.report.collect import collect
-from slimming.report.page import markdown, page, spreadsheet, terminal
-from slimming.report.sections import Table, sections
+from slimming.report.collect import Collection, collect
+from slimming.report.document import Section, Table, markdown, page
+from slimming.report.sections import sections
+from slimming.report.tables import spreadsheet
 
-KINDS = ("sweep", "kept", "gammas", "curves")  # of the pictures that a report makes
-SHOWN = ["network", "test accuracy (%)", "parameters", "MACs (M)", "latency (ms)"]  # columns on the screen
+KINDS = ("tradeoff", "sweep", "kept", "gammas", "curves")  # of the pictures that a report makes
+SHOWN = ["network", "setting", "test accuracy (%)", "parameters", "MACs (M)", "latency (ms)"]  # columns on the screen
 
 
 def report(cfg: ReportConfig, out: Path | None = None) -> float:
     """Write report.md, report.csv, report.html and their pictures from the result.json files below `cfg.runs`.
 
-    `out` is there for the likeness of the stages: `cfg` says where everything goes.
+    `out` is not used: all stages have the same signature, and here `cfg.out` says where everything goes.
 
     Raises:
         DataError: no such folder, or no usable result in it.
@@ -38,16 +39,23 @@ def report(cfg: ReportConfig, out: Path | None = None) -> float:
     made = sections(found, pictures)
     title = f"Network Slimming: {folder.resolve().name}"
     write_text(target / "report.md", markdown(title, made, target))
-    write_text(target / "report.csv", spreadsheet(found, folder))
+    write_text(target / "report.csv", spreadsheet(found, folder).csv())
     write_text(target / "report.html", page(title, made))
+    _print(found, made)
+    print(f"{len(found.runs)} runs -> {target / 'report.html'}, report.md, report.csv")
+    return math.nan
+
+
+def _print(found: Collection, made: list[Section]) -> None:
+    """Print of every experiment its title, its headline and the main columns of its table of stages."""
     for section in made:
-        table = next((part for part in section.parts if isinstance(part, Table)), None)
-        if table and set(SHOWN) <= set(table.head):
-            print(f"\n{section.title}\n{terminal(table, SHOWN)}")
+        stages = [part for below in section.sections if below.title == "stages" for part in below.parts]
+        for table in (part for part in stages if isinstance(part, Table)):
+            print(
+                f"\n{section.title}\n" + f"{section.headline}\n" * bool(section.headline) + table.columns(SHOWN).text()
+            )
     print()
     for name, why in found.unusable:
         print(f"skipped {name}: {why}")
     for name, stage, error in found.failed:
         print(f"{name}: {stage} failed: {error}")
-    print(f"{len(found.runs)} runs -> {target / 'report.html'}, report.md, report.csv")
-    return math.nan

@@ -1,0 +1,78 @@
+"""How runs and numbers are named in a report."""
+
+import statistics
+from collections.abc import Callable, Iterable
+
+from slimming.report.outcomes import Kind, Outcome, mean, options
+from slimming.report.runs import Run
+
+
+def training(run: Run) -> str:
+    """Name a training: `lambda 0.0005, 20 epochs`."""
+    sparsity = run.result["config"].get("sparsity")
+    words = [f"lambda {sparsity or 0:g}"] * (run.role == "sparse") + [f"{run.epochs} epochs"] * bool(run.epochs)
+    return ", ".join(words)
+
+
+def setting(run: Run) -> str:
+    """Name how a network was trained and pruned, but for the ratio: `lambda 0.0005, 20 epochs, max_layer_ratio 0.9`."""
+    source = run.nearest("sparse") or (run if run.role == "baseline" else None)
+    return ", ".join([*([training(source)] if source and training(source) else []), *options(run)]) or "-"
+
+
+def network(outcome: Outcome) -> str:
+    """Name a row of a table: `pruned, ratio 0.5: fine-tuned, 10 epochs`."""
+    run, kind = outcome.first, outcome.kind
+    if kind in (Kind.BASELINE, Kind.SPARSE):
+        return run.role
+    origin = f"pruned, {goal(run)}" if run.passes else ""
+    if run.result.get("parent") and run.parent is None:
+        origin = f"{origin} from a run that is not here".strip()
+    words = [kind.label]
+    if kind in (Kind.FINETUNED, Kind.SCRATCH, Kind.RETRAINED):
+        words.append(f"{run.epochs} epochs")
+    if ((run.result["config"].get("finetune") or {}).get("distill") or {}).get("teacher"):
+        words.append("distilled")
+    return f"{origin or 'not pruned'}: {', '.join(words)}"
+
+
+def goal(run: Run) -> str:
+    """Name what a pruning was asked for: `ratio 0.5`, or what it removed where no ratio was asked for."""
+    return f"ratio {run.asked:g}" if run.asked is not None else f"{run.removed:.1%} removed"
+
+
+def percent(values: Iterable[float | None]) -> str:
+    """Write accuracies in [0, 1] as `81.40`, or as `81.40 ± 0.21 (n=3)`; "-" for none."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return "-"
+    middle = f"{statistics.mean(known):.2f}"
+    return middle if len(known) == 1 else f"{middle} ± {statistics.stdev(known):.2f} (n={len(known)})"
+
+
+def average(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+    """Write the mean of the known values; "-" for none."""
+    middle = mean(values)
+    return "-" if middle is None else form(middle)
+
+
+def latency(runs: Iterable[Run]) -> str:
+    """Write the mean latencies before and after pruning: `11.9 -> 10.2` (ms); "-" where nothing was timed."""
+    timed = [run.latency for run in runs if run.latency]
+    return " -> ".join(f"{statistics.mean(t[k] for t in timed):.1f}" for k in ("before", "after")) if timed else "-"
+
+
+def cost(runs: Iterable[Run], key: str, form: Callable[[float], str]) -> str:
+    """Write the mean of `num_params` or `macs`, with what pruning has saved: `274,885 (-78.1%)`."""
+    runs = list(runs)
+    value = form(statistics.mean(run.result["cost"][key] for run in runs))
+    share = mean(run.share(key) for run in runs) if runs[0].passes else None
+    return value if share is None else f"{value} ({share - 1:+.1%})"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def millions(value: float) -> str:
+    return f"{value / 1e6:,.2f}"
