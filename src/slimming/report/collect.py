@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimming.report.runs import ROLES, Run
+from slimming.records import ROLES
+from slimming.report.runs import Run
 
 NEEDED = {"role": str, "model": str, "metrics": dict, "cost": dict, "config": dict}
 OPTIONAL = {"seed": int, "data": str, "parent": str, "n_test": int, "history": list, "plan": dict, "criterion": dict}
@@ -79,6 +80,8 @@ def _wrong_kind(result: dict) -> str:
     for key, kind in OPTIONAL.items():
         if not isinstance(result.get(key), kind | None):
             return f"incomplete: {key} is of another kind"
+    if "\0" in (result.get("parent") or ""):
+        return "incomplete: parent is no path"
     return "" if result["role"] in ROLES else f"unknown role {result['role']!r}"
 
 

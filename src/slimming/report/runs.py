@@ -8,7 +8,6 @@ from typing import Any
 
 from slimming.records import what_matters
 
-ROLES = ("baseline", "sparse", "pruned", "finetuned", "scratch")
 EARLIER_NAMES = {"restored": "put_back", "dead": "followed"}  # of the counts of a plan
 
 
