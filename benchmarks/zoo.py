@@ -97,7 +97,7 @@ def shrinking_share(graph: ChannelGraph, plan: slimming.PruningPlan) -> float:
         own[indices] = True
         kept[graph.norms[name].all] = own
     live = graph.solve(kept, torch.zeros(graph.tape.count, dtype=torch.bool)).live
-    sides = [torch.cat([graph.place[getattr(n.use, s)] for n in graph.norms.values()]) for s in ("read", "write")]
+    sides = [torch.cat([graph.component[getattr(n.use, s)] for n in graph.norms.values()]) for s in ("read", "write")]
     gone = ~(live[sides[0]] & live[sides[1]])
     return float(gone[~kept].double().mean()) if bool((~kept).any()) else 0.0
 

@@ -27,7 +27,7 @@ def copy_model(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Mo
     return memo[id(model)]
 
 
-def light_copy(model: nn.Module) -> nn.Module:
+def shallow_copy(model: nn.Module) -> nn.Module:
     """Copy a network but for its parameters, which are shared: running the copy changes nothing of the network."""
     return copy_model(model, {id(p): p for p in model.parameters()})
 

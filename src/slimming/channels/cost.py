@@ -51,7 +51,7 @@ class Cost:
 class _Counter(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.names = {_place(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        self.names = {_address(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
         self.layers: dict[str, int] = {}
         self.uncounted: dict[str, None] = {}
         self.written: dict[int, torch.UntypedStorage] = {}  # kept alive: no address serves twice
@@ -64,8 +64,8 @@ class _Counter(TorchDispatchMode):
             self.written.setdefault(storage._cdata, storage)
         count = macs_of(func, args, kwargs, out)
         if count != 0:
-            places = map(_place, tensors((args, kwargs)))
-            name = next((self.names[place] for place in places if place in self.names), "")
+            addresses = map(_address, tensors((args, kwargs)))
+            name = next((self.names[address] for address in addresses if address in self.names), "")
             if count is None:
                 self.uncounted[f"{title(func)} in {name}" if name else title(func)] = None
             else:
@@ -73,7 +73,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def _address(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor's elements begin: on the meta device, too, which has no addresses."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 

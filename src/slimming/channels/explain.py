@@ -39,7 +39,7 @@ def _blocked(graph: "ChannelGraph", gammas: Tensor) -> dict[str, int]:
     frozen_by: dict[str, Tensor] = {}
     for atoms, reason in [*graph.tape.frozen, (torch.tensor([FROZEN]), "tied to an input or a constant")]:
         hit = frozen_by.setdefault(kind_of(reason), torch.zeros(graph.tape.count, dtype=torch.bool))
-        hit[graph.place[atoms]] = True
+        hit[graph.component[atoms]] = True
     trainable = graph.candidates("apart")
     read_by_norm = torch.zeros(graph.tape.count, dtype=torch.bool)
     read_nonzero, stuck = read_by_norm.clone(), read_by_norm.clone()

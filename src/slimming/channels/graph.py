@@ -76,15 +76,15 @@ class ChannelGraph:
     def __init__(self, model: nn.Module, tape: Tape, evaluated: tuple[int, int], spec: Any, train_reason: str):
         self.model, self.tape, self.evaluated, self.spec, self.train_reason = model, tape, evaluated, spec, train_reason
         self.modules = dict(model.named_modules())
-        self.place = _components(tape.count, tape.ties)
+        self.component = _components(tape.count, tape.ties)
         self.frozen = torch.zeros(tape.count, dtype=torch.bool)
-        self.frozen[self.place[FROZEN]] = True
+        self.frozen[self.component[FROZEN]] = True
         for atoms, _ in tape.frozen:
-            self.frozen[self.place[atoms]] = True
+            self.frozen[self.component[atoms]] = True
         for use in tape.uses:
             if use.name in tape.fixed:
                 for side in (use.read, use.write, use.source, use.target):
-                    self.frozen[self.place[side]] = True
+                    self.frozen[self.component[side]] = True
         reasons = dict.fromkeys(reason for _, reason in tape.frozen if reason != "network output")
         self.unknown = [*reasons, *(f"batch_norm in {name}: {reason}" for name, reason in tape.fixed.items())]
         self.layers: dict[str, Use] = {}
@@ -92,8 +92,8 @@ class ChannelGraph:
             self.layers.setdefault(use.name, use)
         self.norms = self._find_norms()
         self.count = sum(n.module.num_features for n in self.norms.values())
-        self._reads = [self.place[use.read] for use in tape.uses]
-        self._writes = [self.place[use.write] for use in tape.uses]
+        self._reads = [self.component[use.read] for use in tape.uses]
+        self._writes = [self.component[use.write] for use in tape.uses]
 
     def anew(self) -> "ChannelGraph":
         """Return the graph of the tape as it is now."""
@@ -130,7 +130,7 @@ class ChannelGraph:
         live = self.frozen | forced
         for product in self.tape.products:
             if product.sums:
-                live[self.place[product.atoms[~zero[product.atoms]]]] = True
+                live[self.component[product.atoms[~zero[product.atoms]]]] = True
         before = -1
         while before != (before := int(live.sum())):
             for use, reads, writes in zip(
@@ -146,7 +146,7 @@ class ChannelGraph:
                     live[reads[~zero[use.read]]] = True
         final = kept.clone()
         for norm in self.norms.values():
-            final[norm.all] &= live[self.place[norm.use.write]]
+            final[norm.all] &= live[self.component[norm.use.write]]
         return Solution(live, final)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -191,9 +191,9 @@ class ChannelGraph:
                 blocked[reads[~zero[use.read]]] = True
         for product in self.tape.products:
             if product.sums:
-                blocked[self.place[product.atoms[~zero[product.atoms]]]] = True
+                blocked[self.component[product.atoms[~zero[product.atoms]]]] = True
         for norm in self.norms.values():
-            blocked[self.place[norm.use.write][~trainable[norm.all]]] = True
+            blocked[self.component[norm.use.write][~trainable[norm.all]]] = True
         count = -1
         while count != (count := int(blocked.sum())):
             blocked[pairs[0][blocked[pairs[1]]]] = True
@@ -218,7 +218,7 @@ class ChannelGraph:
 
     def slots(self) -> Tensor:
         """Return the class of every gamma's slot, (all gammas,)."""
-        found = [self.place[n.use.write] for n in self.norms.values()]
+        found = [self.component[n.use.write] for n in self.norms.values()]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
     def scores(self, score: str, seed: int = 0) -> Tensor:
@@ -241,8 +241,8 @@ class ChannelGraph:
             if use.kind in ("conv", "linear", "grouped", "transposed"):
                 weight = _weight(self.model, self.modules, name).detach().abs().double().cpu()
                 axis = 1 if use.kind == "transposed" else 0
-                mass.index_add_(0, self.place[use.write], weight.sum([i for i in range(weight.ndim) if i != axis]))
-        return torch.cat([mass[self.place[n.use.read]] for n in self.norms.values()])
+                mass.index_add_(0, self.component[use.write], weight.sum([i for i in range(weight.ndim) if i != axis]))
+        return torch.cat([mass[self.component[n.use.read]] for n in self.norms.values()])
 
     def plan(self, criterion: Criterion, *, seed: int = 0, **options: Any) -> PruningPlan:
         """Let a criterion choose, find all that goes with it, and bring back what the constraints want.
@@ -310,7 +310,7 @@ class ChannelGraph:
                     units = unit_of[gammas]
                     kept[gammas] = True
                     kept[choice.gammas[torch.isin(choice.unit, units[units >= 0])]] = True
-                    forced[self.place[norm.use.write[back]]] = True
+                    forced[self.component[norm.use.write[back]]] = True
             if short:
                 continue
             for use, reads, writes in zip(self.tape.uses, self._reads, self._writes, strict=True):
@@ -326,7 +326,7 @@ class ChannelGraph:
         strength = torch.zeros(self.tape.count, dtype=torch.float64)
         for norm in self.norms.values():
             for side in (norm.use.write, norm.use.read):
-                strength.scatter_reduce_(0, self.place[side], values[norm.all], "amax")
+                strength.scatter_reduce_(0, self.component[side], values[norm.all], "amax")
         return strength
 
     # --- what it costs ------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ class ChannelGraph:
             params += weights * (use.name not in seen)
             seen.add(use.name)
         for product in self.tape.products[: self.evaluated[1]]:
-            macs += product.macs * count(live, self.place[product.atoms], len(product.atoms))
+            macs += product.macs * count(live, self.component[product.atoms], len(product.atoms))
         return {"macs": macs, "params": params + self._other_params}
 
     @functools.cached_property
@@ -382,7 +382,7 @@ class ChannelGraph:
         chosen, stays = removed[choice.unit], solution.kept[choice.gammas]
         gone = int((chosen & ~stays).sum())
         got = {"removed": gone, "candidates": len(choice.gammas), "ratio": gone / len(choice.gammas)}
-        got |= {"put_back": int((chosen & stays).sum()), "followed": int((~solution.kept).sum()) - gone}
+        got |= {"restored": int((chosen & stays).sum()), "dead": int((~solution.kept).sum()) - gone}
         got |= self.cost_share(solution)
         got["highest_score"] = float(choice.score[removed].max()) if bool(removed.any()) else None
         return PruningPlan(
@@ -401,7 +401,7 @@ class ChannelGraph:
 
     def _attributes(self, solution: Solution) -> list[list]:
         """Return the sizes in attributes that change; see PruningPlan."""
-        counts = [(r.size, int(solution.live[self.place[r.atoms]].sum())) for r in self.tape.resizes]
+        counts = [(r.size, int(solution.live[self.component[r.atoms]].sum())) for r in self.tape.resizes]
         try:
             return [[*attribute, value] for attribute, value in new_values(counts, self.model).items()]
         except ValueError as error:
@@ -411,7 +411,7 @@ class ChannelGraph:
         live = solution.live
         if use.kind == "norm":
             return self._norm_plan(name, use, solution)
-        reads, writes = live[self.place[use.read]], live[self.place[use.write]]
+        reads, writes = live[self.component[use.read]], live[self.component[use.write]]
         if bool(reads.all()) and bool(writes.all()):
             return None
         size = (len(reads), len(writes))
@@ -422,20 +422,22 @@ class ChannelGraph:
 
     def _norm_plan(self, name: str, use: Use, solution: Solution) -> LayerPlan | None:
         live, norm = solution.live, self.norms.get(name)
-        kept = solution.kept[norm.all] if norm is not None else live[self.place[use.write]]
-        source, target = live[self.place[use.source]], live[self.place[use.target]]
+        kept = solution.kept[norm.all] if norm is not None else live[self.component[use.write]]
+        source, target = live[self.component[use.source]], live[self.component[use.target]]
         module = self.modules[name]
-        old = [getattr(module, side, None) for side in ("select", "place")]  # of a SelectBatchNorm
-        selects, places = (_rank(stay, index)[kept] for stay, index in ((source, old[0]), (target, old[1])))
+        old = [getattr(module, side, None) for side in ("select", "scatter")]  # of a SelectBatchNorm
+        selects, scatters = (
+            _position_among_kept(stay, index)[kept] for stay, index in ((source, old[0]), (target, old[1]))
+        )
         n = int(kept.sum())
         straight = torch.arange(n)
         select = None if n == int(source.sum()) and torch.equal(selects, straight) else selects.tolist()
-        place = None if n == int(target.sum()) and torch.equal(places, straight) else places.tolist()
+        scatter = None if n == int(target.sum()) and torch.equal(scatters, straight) else scatters.tolist()
         before = [None if t is None else t.tolist() for t in old]
-        if bool(kept.all()) and [select, place] == before and int(target.sum()) == len(target):
+        if bool(kept.all()) and [select, scatter] == before and int(target.sum()) == len(target):
             return None
         indices = _indices(kept)
-        return LayerPlan("norm", indices, indices, (len(kept), len(kept)), select, place, int(target.sum()))
+        return LayerPlan("norm", indices, indices, (len(kept), len(kept)), select, scatter, int(target.sum()))
 
     def _check_prunable(self) -> None:
         if self.norms:
@@ -501,10 +503,10 @@ def _components(count: int, ties: list[Tensor]) -> Tensor:
         label = new
 
 
-def _rank(stay: Tensor, index: Tensor | None) -> Tensor:
+def _position_among_kept(stay: Tensor, index: Tensor | None) -> Tensor:
     """Return where each channel of `index` (None: all) lies among those that stay."""
-    rank = stay.long().cumsum(0) - 1
-    return rank if index is None else rank[index.cpu()]
+    position = stay.long().cumsum(0) - 1
+    return position if index is None else position[index.cpu()]
 
 
 def _indices(mask: Tensor) -> list[int]:

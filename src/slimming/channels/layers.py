@@ -16,12 +16,12 @@ _NORMALISE = (F.batch_norm, torch.batch_norm)  # the same operator, its argument
 
 
 class SelectBatchNorm(nn.Module):
-    """Selects input channels, normalises them, and places them among zeros; a mixin before a class of BatchNorm.
+    """Selects input channels, normalises them, and scatters them among zeros; a mixin before a class of BatchNorm.
 
     Attributes:
         select: (C,) input channels to read; None: all, in order.
-        place: (C,) output channels to write; None: all, in order.
-        width: output channels where `place` is given.
+        scatter: (C,) output channels to write; None: all, in order.
+        width: output channels where `scatter` is given.
 
     The indices belong to the plan and are no part of the state dict.
 
@@ -29,19 +29,19 @@ class SelectBatchNorm(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.placed(super().forward(self.selected(x)))
+        return self.scattered(super().forward(self.selected(x)))
 
     def selected(self, x: Tensor) -> Tensor:
         return x if self.select is None else x.index_select(1, self.select)
 
-    def placed(self, x: Tensor) -> Tensor:
-        if self.place is None:
+    def scattered(self, x: Tensor) -> Tensor:
+        if self.scatter is None:
             return x
         zeros = torch.zeros((x.shape[0], self.width, *x.shape[2:]), dtype=x.dtype, device=x.device)
-        return zeros.index_copy(1, self.place, x)
+        return zeros.index_copy(1, self.scatter, x)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, select={self.select is not None}, place={self.place is not None}"
+        return f"{super().extra_repr()}, select={self.select is not None}, scatter={self.scatter is not None}"
 
     def __reduce__(self):
         return (
@@ -52,7 +52,7 @@ class SelectBatchNorm(nn.Module):
 
 
 class InnerSelectBatchNorm(SelectBatchNorm):
-    """A SelectBatchNorm of a class with a forward of its own: selects and places right around its `batch_norm`.
+    """A SelectBatchNorm of a class with a forward of its own: selects and scatters right around its `batch_norm`.
 
     What that forward does besides (an activation, say) sees the input and the zeros as it would in the masked network.
     """
@@ -85,8 +85,8 @@ class _Around(TorchFunctionMode):
         self.seen.append(True)
         x = self.norm.selected(args[0])
         if self.norm.synchronised and func is F.batch_norm:
-            return self.norm.placed(_synchronised_batch_norm(x, *args[1:], **kwargs))
-        return self.norm.placed(func(x, *args[1:], **kwargs))
+            return self.norm.scattered(_synchronised_batch_norm(x, *args[1:], **kwargs))
+        return self.norm.scattered(func(x, *args[1:], **kwargs))
 
     def _is_own(self, args: tuple, kwargs: dict) -> bool:
         own = self.norm.running_mean if self.norm.weight is None else self.norm.weight
@@ -109,24 +109,24 @@ def has_plain_forward(norm: _BatchNorm) -> bool:
     return _base(type(norm)).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def set_indices(norm: _BatchNorm, select: Tensor | None, place: Tensor | None, width: int) -> None:
+def set_indices(norm: _BatchNorm, select: Tensor | None, scatter: Tensor | None, width: int) -> None:
     """Turn a BatchNorm of C channels, in place, into a SelectBatchNorm; or back where neither index is given.
 
     Args:
         norm: of any class whose forward calls `batch_norm` on its own weights.
-        select, place, width: as the attributes of SelectBatchNorm.
+        select, scatter, width: as the attributes of SelectBatchNorm.
     """
     base = _base(type(norm))
-    for name in ("select", "place"):
+    for name in ("select", "scatter"):
         norm._buffers.pop(name, None)
-    if select is None and place is None:
+    if select is None and scatter is None:
         norm.__class__ = base
         return
     _become(norm, InnerSelectBatchNorm if not has_plain_forward(norm) else SelectBatchNorm)
     device = next((t.device for t in (*norm._parameters.values(), *norm._buffers.values()) if t is not None), None)
     if device is not None and device.type == "meta":
         device = torch.device("cpu")  # of an outline too: they tell one architecture from another
-    for name, index in (("select", select), ("place", place)):
+    for name, index in (("select", select), ("scatter", scatter)):
         norm.register_buffer(name, None if index is None else index.to(device), persistent=False)
     norm.width = width
 
@@ -147,7 +147,7 @@ def synchronise(model: nn.Module) -> nn.Module:
         if not isinstance(norm, SelectBatchNorm):
             norm.width = norm.num_features
             norm.register_buffer("select", None, persistent=False)
-            norm.register_buffer("place", None, persistent=False)
+            norm.register_buffer("scatter", None, persistent=False)
             _become(norm, InnerSelectBatchNorm)
         norm.synchronised = True
     return model

@@ -93,7 +93,7 @@ def near_zero_share(gammas: torch.Tensor, fraction: float = 0.01) -> float:
     return float((gammas < fraction * gammas.max()).float().mean()) if len(gammas) else 0.0
 
 
-def travel_budget(sparsity: float, lr_sum: float, momentum: float) -> float:
+def max_shrinkage(sparsity: float, lr_sum: float, momentum: float) -> float:
     """Return how far SGD with this penalty alone can move a gamma in a run.
 
     Args:

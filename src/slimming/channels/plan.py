@@ -10,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.channels.layers import SelectBatchNorm
 from slimming.errors import PlanError
 
-FORMAT = 2  # 1 had no attributes
+FORMAT = 3  # 1 had no attributes; 1 and 2 had other words, see RENAMED
+RENAMED = {"place": "scatter", "put_back": "restored", "followed": "dead"}  # in `layers` and `got`, since format 3
 FIELDS = {"fingerprint": str, "network": str, "keep": dict, "layers": dict, "asked": dict, "got": dict}
 FIELDS |= {"train_watched": bool, "train_reason": str, "attributes": list}
-COUNTED = (
-    "removed",
-    "candidates",
-    "ratio",
-    "put_back",
-    "followed",
-    "macs",
-    "params",
-)  # of `got`, as `describe` shows it
+COUNTED = ("removed", "candidates", "ratio", "restored", "dead", "macs", "params")  # of `got`, as `describe` shows it
 LARGEST = 2**30  # numbers of one example input
 KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm", "scale")
 
@@ -38,8 +32,8 @@ class LayerPlan:
         outs: kept outputs; for a norm its kept channels.
         size: (inputs, outputs) before.
         select: for a norm: which of the remaining input channels it reads; None: all.
-        place: for a norm: which of the remaining output channels it writes; None: all.
-        width: for a norm with `place`: remaining output channels.
+        scatter: for a norm: which of the remaining output channels it writes; None: all.
+        width: for a norm with `scatter`: remaining output channels.
     """
 
     kind: str
@@ -47,7 +41,7 @@ class LayerPlan:
     outs: list[int]
     size: tuple[int, int]
     select: list[int] | None = None
-    place: list[int] | None = None
+    scatter: list[int] | None = None
     width: int = 0
 
     def check(self, name: str) -> None:
@@ -57,7 +51,7 @@ class LayerPlan:
         if not (isinstance(self.size, tuple) and len(self.size) == 2 and all(_is_whole(n, 1) for n in self.size)):
             raise PlanError(f"plan: size of layer {name} must be two whole numbers >= 1, got {str(self.size)[:100]}")
         sides = [("ins", self.ins, self.size[0]), ("outs", self.outs, self.size[1])]
-        sides += [(k, v, 2**31) for k, v in (("select", self.select), ("place", self.place)) if v is not None]
+        sides += [(k, v, 2**31) for k, v in (("select", self.select), ("scatter", self.scatter)) if v is not None]
         for side, indices, size in sides:
             ordered = side in ("ins", "outs")
             whole = isinstance(indices, list) and set(map(type, indices)) <= {int}
@@ -68,11 +62,11 @@ class LayerPlan:
         self._check_norm(name)
 
     def _check_norm(self, name: str) -> None:
-        for side, indices in (("select", self.select), ("place", self.place)):
+        for side, indices in (("select", self.select), ("scatter", self.scatter)):
             if indices is not None and (self.kind != "norm" or len(indices) != len(self.outs)):
                 raise PlanError(f"plan: {side} of layer {name} must be of a norm, one index for each of its channels")
-        if not _is_whole(self.width, 1 + max(self.place) if self.place else 0):
-            raise PlanError(f"plan: width of layer {name} must be a whole number beyond place, got {self.width!r}")
+        if not _is_whole(self.width, 1 + max(self.scatter) if self.scatter else 0):
+            raise PlanError(f"plan: width of layer {name} must be a whole number beyond scatter, got {self.width!r}")
 
 
 @dataclass
@@ -88,8 +82,8 @@ class PruningPlan:
         attributes: [module, attribute, position or None, value] of every size kept in an attribute that changes; a position
             is that in a list or tuple of sizes.
         asked: the criterion, with its values.
-        got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
-            back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain),
+        got: removed (chosen gammas that went), candidates, ratio = removed / candidates, restored (chosen, but kept by
+            constraints), dead (not chosen, but nothing needed them any more), macs and params (shares that remain),
             highest_score (of what was chosen; None if nothing was).
         compare: what the proof compares: the network's `outputs`; or, where the network sorts or selects by score, so that
             rounding turns into other choices, the outputs of all `layers` that keep every channel.
@@ -136,8 +130,10 @@ class PruningPlan:
             PlanError: a missing or unknown key, another format, indices that cannot be.
         """
         try:
-            if data["format"] not in (1, FORMAT):
+            if data["format"] not in (1, 2, FORMAT):
                 raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads 1 to {FORMAT}")
+            if data["format"] != FORMAT:
+                data = _in_new_words(data)
             layers = {
                 name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
             }
@@ -173,17 +169,27 @@ class PruningPlan:
         """Return a table for people: channels of every layer that changes, before -> after."""
         got = self.got
         lines = [f"{self.network}: {got['removed']} of {got['candidates']} gammas removed ({got['ratio']:.1%})"]
-        lines[0] += f", asked {self.asked}, put back {got['put_back']}, followed {got['followed']}"
+        lines[0] += f", asked {self.asked}, restored {got['restored']}, dead {got['dead']}"
         lines.append(f"MACs that remain {got['macs']:.1%}, parameters {got['params']:.1%}")
         lines.append(f"{'layer':40} {'kind':10} {'in':>13} {'out':>13}")
         for name, layer in self.layers.items():
             ins, outs = (f"{s} -> {len(i)}" for s, i in zip(layer.size, (layer.ins, layer.outs), strict=True))
-            extra = " select" * (layer.select is not None) + " place" * (layer.place is not None)
+            extra = " select" * (layer.select is not None) + " scatter" * (layer.scatter is not None)
             lines.append(f"{name:40} {layer.kind:10} {ins:>13} {outs:>13}{extra}")
         lines += [f"{module}.{name} becomes {value}" for module, name, _, value in self.attributes]
         if not self.train_watched:
             lines.append(f"not watched in train mode: {self.train_reason}")
         return "\n".join(lines)
+
+
+def _in_new_words(data: Mapping) -> dict:
+    """Return the data of a plan of format 1 or 2 with the keys of format 3."""
+
+    def renamed(entries: Mapping) -> dict:
+        return {RENAMED.get(key, key): value for key, value in entries.items()}
+
+    layers = {name: renamed(layer) for name, layer in data["layers"].items()}
+    return {**data, "layers": layers, "got": renamed(data["got"])}
 
 
 def _is_whole(value: Any, low: int) -> bool:
@@ -227,8 +233,10 @@ def fingerprint(model: nn.Module) -> str:
     for prefix, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                indices = tensor.tolist() if name in ("select", "place") else ""
-                parts.append(f"{prefix}.{name} {[*tensor.shape]} {indices}")
+                # Plans of formats 1 and 2 know a SelectBatchNorm's `scatter` as `place`: their fingerprints stay valid.
+                known_as = "place" if name == "scatter" and isinstance(module, SelectBatchNorm) else name
+                indices = tensor.tolist() if known_as in ("select", "place") else ""
+                parts.append(f"{prefix}.{known_as} {[*tensor.shape]} {indices}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -1,8 +1,8 @@
 """One short rule per operator: how channels pass through it. The only place that knows operators.
 
-A rule gets the Tape and the Call and returns the compact atoms of its output (a list for several outputs). It raises Unknown
-where it cannot prove anything; the watcher then freezes what the operator read. To add an operator, write a rule and list
-it under its ATen name (without the underscore of the in-place form).
+A rule gets the Tape and the Call and returns the compact atoms of its output (a list for several outputs). It raises
+UnsupportedOperator where it cannot prove anything; the watcher then freezes what the operator read. To add an operator, write
+a rule and list it under its ATen name (without the underscore of the in-place form).
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.channels.sizes import Given, Size, axes_of, match
-from slimming.channels.tape import FROZEN, Product, Tape, Unknown, Use, Zero, compress, rows_along, varying
+from slimming.channels.tape import FROZEN, Product, Tape, UnsupportedOperator, Use, Zero, compress, rows_along, varying
 
 
 @dataclass
@@ -36,17 +36,17 @@ class Call:
         """Atoms of the first argument."""
         atoms = self.atoms_of(self.args[0])
         if atoms is None:
-            raise Unknown("its first argument is a constant")
+            raise UnsupportedOperator("its first argument is a constant")
         return atoms
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
     def only_first(self) -> None:
-        """Raise Unknown where another argument depends on the input, too."""
+        """Raise UnsupportedOperator where another argument depends on the input, too."""
         rest = [*self.args[1:], *self.kwargs.values()]
         if any(self.atoms_of(a) is not None for a in rest if isinstance(a, Tensor)):
-            raise Unknown("a second argument depends on the input")
+            raise UnsupportedOperator("a second argument depends on the input")
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -56,10 +56,10 @@ def _channels(call: Call, tensor: Tensor, axis: int) -> Tensor:
     """Return the atoms (C,) along `axis`; they must not change along any other."""
     atoms = call.atoms_of(tensor)
     if atoms is None:
-        raise Unknown("its input is a constant")
+        raise UnsupportedOperator("its input is a constant")
     axis %= tensor.ndim
     if set(varying(atoms)) - {axis}:
-        raise Unknown("its channels do not lie along one axis")
+        raise UnsupportedOperator("its channels do not lie along one axis")
     return atoms.reshape(-1).expand(tensor.shape[axis])
 
 
@@ -70,7 +70,7 @@ def _along(atoms: Tensor, axis: int, ndim: int) -> Tensor:
 def _layer(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module]:
     owner = call.owner_of(weight)
     if owner is None or (bias is not None and (call.owner_of(bias) or ("", None))[1] is not owner[1]):
-        raise Unknown("its weight is computed or shared between modules, not owned by one")
+        raise UnsupportedOperator("its weight is computed or shared between modules, not owned by one")
     return owner
 
 
@@ -81,7 +81,7 @@ def convolution(tape: Tape, call: Call, transposed: bool = False) -> Tensor:
         groups = call.arg(6, "groups", 1)
     name, module = _layer(call, weight, bias)
     if x.ndim != weight.ndim:
-        raise Unknown("its input has no batch axis")
+        raise UnsupportedOperator("its input has no batch axis")
     read, c_out = _channels(call, x, 1), call.out.shape[1]
     kernel = math.prod(weight.shape[2:])
     applied = x if transposed else call.out
@@ -92,7 +92,9 @@ def convolution(tape: Tape, call: Call, transposed: bool = False) -> Tensor:
         if not isinstance(module, nn.modules.conv._ConvNd):
             size = match([groups], call.sizes)[0]
             if groups != len(read) or not _settable(size):
-                raise Unknown("a grouped convolution outside torch.nn: its number of groups is written into forward")
+                raise UnsupportedOperator(
+                    "a grouped convolution outside torch.nn: its number of groups is written into forward"
+                )
             tape.resize(size, read, f"a depthwise convolution of {groups} groups, from attributes")
         if groups == len(read) and not transposed:
             use.kind = "depthwise"  # output j belongs to input j // m
@@ -101,7 +103,7 @@ def convolution(tape: Tape, call: Call, transposed: bool = False) -> Tensor:
                 source = read.repeat_interleave(c_out // groups)
                 tape.zeros.append(Zero("all", use.write, source[None]))
         elif transposed:
-            raise Unknown("a grouped transposed convolution")
+            raise UnsupportedOperator("a grouped transposed convolution")
         else:
             use.kind = "grouped"  # the same positions of every group stay, so that the groups stay equal
             for side in (read, use.write):
@@ -129,11 +131,11 @@ def batch_norm(tape: Tape, call: Call) -> Tensor:
     x, weight, bias, mean = call.args[:4]
     owner = call.owner_of(weight if weight is not None else mean)
     if owner is None or not isinstance(owner[1], nn.modules.batchnorm._BatchNorm):
-        raise Unknown("a batch norm without a BatchNorm module")
+        raise UnsupportedOperator("a batch norm without a BatchNorm module")
     name, module = owner
     others = (t for t in (bias, mean, call.args[4]) if t is not None)
     if any((call.owner_of(t) or ("", None))[1] is not module for t in others):
-        raise Unknown("its weights or statistics are computed, not owned by one BatchNorm")
+        raise UnsupportedOperator("its weights or statistics are computed, not owned by one BatchNorm")
     if module not in call.running:
         tape.fixed[name] = "its weights are used outside of its forward"
     read = _channels(call, x, 1)
@@ -150,24 +152,24 @@ def index_select(tape: Tape, call: Call) -> Tensor:
     """Only the selection of our SelectBatchNorm; surgery renews its indices."""
     owner = call.owner_of(call.args[2])
     if owner is None or call.args[1] != 1:
-        raise Unknown("indices that are written into forward")
+        raise UnsupportedOperator("indices that are written into forward")
     source = _channels(call, call.args[0], 1)
     tape.sources[owner[0].removesuffix(".select")] = source
     return _along(source[call.args[2].cpu()], 1, call.out.ndim)
 
 
 def index_copy(tape: Tape, call: Call) -> Tensor:
-    """Only the placement of our SelectBatchNorm: zeros wherever it places nothing."""
+    """Only the scatter of our SelectBatchNorm: it leaves zeros wherever it writes nothing."""
     out, axis, index, source = call.args
     owner = call.owner_of(index)
     if owner is None or axis != 1 or call.atoms_of(out) is not None:
-        raise Unknown("indices that are written into forward")
+        raise UnsupportedOperator("indices that are written into forward")
     target, index = tape.fresh((out.shape[1],)), index.cpu()
     empty = torch.ones(len(target), dtype=torch.bool)
     empty[index] = False
     tape.zeros.append(Zero("always", target[empty]))
     target[index] = _channels(call, source, 1)
-    uses = [use for use in tape.uses if use.name == owner[0].removesuffix(".place")]
+    uses = [use for use in tape.uses if use.name == owner[0].removesuffix(".scatter")]
     uses[-1].target = target
     tape.tie(uses[0].target, target)
     return _along(target, 1, call.out.ndim)
@@ -176,13 +178,13 @@ def index_copy(tape: Tape, call: Call) -> Tensor:
 # --- element by element -----------------------------------------------------------------------------------------------
 
 
-def carry(tape: Tape, call: Call) -> Tensor:
+def zero_preserving(tape: Tape, call: Call) -> Tensor:
     """f(0) = 0, element by element."""
     call.only_first()
     return call.x
 
 
-def tied(tape: Tape, call: Call) -> Tensor:
+def not_zero_preserving(tape: Tape, call: Call) -> Tensor:
     """f(0) != 0, element by element: the same size, but a zero is no longer zero."""
     call.only_first()
     return tape.derived("never", call.x.shape, [call.x])
@@ -193,16 +195,16 @@ def clamp(tape: Tape, call: Call) -> Tensor:
     if call.func._schema.name.startswith("aten::hardtanh"):
         low, high = call.arg(1, "min_val", -1), call.arg(2, "max_val", 1)
     if any(isinstance(bound, Tensor) for bound in (low, high)):
-        raise Unknown("bounds that are tensors")
+        raise UnsupportedOperator("bounds that are tensors")
     keeps_zero = (low is None or low <= 0) and (high is None or high >= 0)
-    return carry(tape, call) if keeps_zero else tied(tape, call)
+    return zero_preserving(tape, call) if keeps_zero else not_zero_preserving(tape, call)
 
 
 def power(tape: Tape, call: Call) -> Tensor:
     exponent = call.args[1]
     if isinstance(exponent, Tensor) or isinstance(call.args[0], int | float):
-        raise Unknown("a power of tensors")
-    return carry(tape, call) if exponent > 0 else tied(tape, call)
+        raise UnsupportedOperator("a power of tensors")
+    return zero_preserving(tape, call) if exponent > 0 else not_zero_preserving(tape, call)
 
 
 def prelu(tape: Tape, call: Call) -> Tensor:
@@ -210,7 +212,7 @@ def prelu(tape: Tape, call: Call) -> Tensor:
     if slopes.numel() > 1:
         shape = tuple(slopes.numel() if axis == 1 else 1 for axis in range(ndim))
         _per_channel(tape, call, slopes, shape, call.x)
-    return carry(tape, call)
+    return zero_preserving(tape, call)
 
 
 def _binary(tape: Tape, call: Call, zero: str, with_constant: str) -> Tensor:
@@ -231,7 +233,7 @@ def _binary(tape: Tape, call: Call, zero: str, with_constant: str) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, y.shape)
     axes = {axis for axis in (tape.flexible(x), tape.flexible(y)) if axis is not None}
     if len(axes) > 1:
-        raise Unknown("its operands have channels along different axes")
+        raise UnsupportedOperator("its operands have channels along different axes")
     out = tape.fresh(shape)
     operands = [own.expand(shape).reshape(-1) for own in (x, y)]
     for tensor, row in zip((a, b), operands, strict=True):
@@ -250,7 +252,7 @@ def _per_channel(tape: Tape, call: Call, constant: Tensor, shape: tuple[int, ...
     axes = [axis for axis, size in enumerate(shape) if size > 1]
     owner = call.owner_of(constant)
     if owner is None or axes != varying(atoms):
-        raise Unknown("a constant of fixed size meets its channels")
+        raise UnsupportedOperator("a constant of fixed size meets its channels")
     name = call.tensor_name(constant)
     row = atoms.reshape(-1)
     tape.use(Use("scale", name, row, row))
@@ -272,7 +274,7 @@ def mul(tape: Tape, call: Call) -> Tensor:
 
 def div(tape: Tape, call: Call) -> Tensor:
     if call.atoms_of(call.args[1]) is not None:
-        raise Unknown("its divisor depends on the input")
+        raise UnsupportedOperator("its divisor depends on the input")
     return mul(tape, call)
 
 
@@ -283,7 +285,7 @@ def pool(tape: Tape, call: Call) -> Any:
     """Pooling and resizing: channels along axis 1 (0 without a batch), mixed along the rest only."""
     call.only_first()
     if max(varying(call.x), default=0) > max(0, call.args[0].ndim - _SPATIAL.get(_name(call), 2) - 1):
-        raise Unknown("its channels lie along a spatial axis")
+        raise UnsupportedOperator("its channels lie along a spatial axis")
     return [call.x, call.x] if isinstance(call.out, tuple) else call.x
 
 
@@ -300,7 +302,7 @@ def reduce(tape: Tape, call: Call) -> Tensor:
     atoms, met = call.x, set(axes) & set(varying(call.x))
     if met and tape.flexible(atoms) in met:
         if _name(call) != "sum" or len(varying(atoms)) > 1:
-            raise Unknown("it runs over channels")
+            raise UnsupportedOperator("it runs over channels")
         tape.products.append(Product(atoms.reshape(-1), 0, sums=True))
         atoms = torch.full((1,) * x.ndim, FROZEN)
     elif met:
@@ -315,8 +317,8 @@ def reduce(tape: Tape, call: Call) -> Tensor:
 
 def softmax(tape: Tape, call: Call) -> Tensor:
     if call.args[1] % call.args[0].ndim == tape.flexible(call.x):
-        raise Unknown("it runs over channels")
-    return tied(tape, call)
+        raise UnsupportedOperator("it runs over channels")
+    return not_zero_preserving(tape, call)
 
 
 def matmul(tape: Tape, call: Call) -> Tensor:
@@ -328,7 +330,7 @@ def matmul(tape: Tape, call: Call) -> Tensor:
     left, right = call.args[:2]
     a, b = (_atoms_or_frozen(call, t) for t in (left, right))
     if left.ndim < 3 or left.shape[:-2] != right.shape[:-2]:
-        raise Unknown("its factors are not batches of matrices")
+        raise UnsupportedOperator("its factors are not batches of matrices")
     ndim, macs = left.ndim, call.out.numel() * left.shape[-1]
     axis_a, axis_b = _matrix_axis(tape, a), _matrix_axis(tape, b)
     if axis_a == ndim - 1 and axis_b == ndim - 2:
@@ -342,7 +344,7 @@ def matmul(tape: Tape, call: Call) -> Tensor:
     if axis_b is None and axis_a == ndim - 2:
         tape.products.append(Product(a.reshape(-1), macs // a.numel(), sums=False))
         return a
-    raise Unknown("its channels are neither summed over by both factors nor carried by one")
+    raise UnsupportedOperator("its channels are neither summed over by both factors nor carried by one")
 
 
 def attention(tape: Tape, call: Call) -> Tensor:
@@ -350,7 +352,7 @@ def attention(tape: Tape, call: Call) -> Tensor:
     query, key, value = (_atoms_or_frozen(call, t) for t in call.args[:3])
     ndim = call.args[0].ndim
     if any(_matrix_axis(tape, t) not in (None, ndim - 1) for t in (query, key, value)):
-        raise Unknown("its channels lie along another axis than the last")
+        raise UnsupportedOperator("its channels lie along another axis than the last")
     macs = call.args[0].shape[-2] * call.args[1].shape[-2] * call.args[0][..., 0, 0].numel()
     if call.kwargs.get("scale") is None:
         for atoms in (query, key):
@@ -368,7 +370,7 @@ def _matrix_axis(tape: Tape, atoms: Tensor) -> int | None:
     axes, flexible = varying(atoms), tape.flexible(atoms)
     last = {atoms.ndim - 1, atoms.ndim - 2}
     if 0 in axes or (flexible is not None and (flexible not in last or last & set(axes) != {flexible})):
-        raise Unknown("its channels do not lie along one side of its matrices")
+        raise UnsupportedOperator("its channels do not lie along one side of its matrices")
     return flexible
 
 
@@ -382,7 +384,7 @@ def pad(tape: Tape, call: Call) -> Tensor:
     amounts = call.args[1]
     axes = {call.args[0].ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
     if axes & set(varying(call.x)):
-        raise Unknown("it pads channels by amounts written into forward")
+        raise UnsupportedOperator("it pads channels by amounts written into forward")
     if _name(call) == "pad":
         mode, value = call.arg(2, "mode", "constant"), call.arg(3, "value")
     else:
@@ -393,7 +395,7 @@ def pad(tape: Tape, call: Call) -> Tensor:
 # --- data movement ----------------------------------------------------------------------------------------------------
 
 
-def move(tape: Tape, call: Call) -> Tensor:
+def rearrange(tape: Tape, call: Call) -> Tensor:
     """Views and permutations: the same operator on the atoms, shaped like the activation."""
     call.only_first()
     full, name = call.x.expand(call.args[0].shape), _name(call)
@@ -453,10 +455,10 @@ def view_as(tape: Tape, call: Call) -> Tensor:
     """A view to the shape of another tensor; channels of both must stay equally many."""
     other = call.atoms_of(call.args[1])
     if other is None:
-        raise Unknown("the size of a constant")
+        raise UnsupportedOperator("the size of a constant")
     atoms = compress(call.x.expand(call.args[0].shape).reshape(call.out.shape))
     if varying(atoms) != varying(other) or len(varying(atoms)) > 1:
-        raise Unknown("its channels lie along another axis than those of the tensor it is shaped like")
+        raise UnsupportedOperator("its channels lie along another axis than those of the tensor it is shaped like")
     tape.tie(atoms, other)
     return atoms
 
@@ -465,10 +467,10 @@ def expand_as(tape: Tape, call: Call) -> Tensor:
     """Spread over the space of another tensor; channels of both must stay equally many."""
     x, other = call.x, call.atoms_of(call.args[1])
     if other is None:
-        raise Unknown("the size of a constant")
+        raise UnsupportedOperator("the size of a constant")
     x = x.view((1,) * (call.out.ndim - x.ndim) + x.shape)
     if set(varying(other)) - set(varying(x)):
-        raise Unknown("it is spread over channels")
+        raise UnsupportedOperator("it is spread over channels")
     tape.tie(x, other)
     return x
 
@@ -483,9 +485,9 @@ def concatenate(tape: Tape, call: Call) -> Tensor:
     atoms = [call.atoms_of(t) for t in tensors]
     channels = any(a is not None and axis in varying(a) for a in atoms)
     if any(a is None for a in atoms):
-        raise Unknown("a constant is concatenated")
+        raise UnsupportedOperator("a constant is concatenated")
     if any(set(varying(a)) - {axis} for a in atoms) and channels:
-        raise Unknown("its operands have channels along different axes")
+        raise UnsupportedOperator("its operands have channels along different axes")
     if not channels and any(varying(a) for a in atoms):  # along space: the same place must go everywhere
         if all(torch.equal(a, atoms[0]) for a in atoms):
             return atoms[0]
@@ -501,7 +503,7 @@ def stack(tape: Tape, call: Call) -> Tensor:
     axis = call.arg(1, "dim", 0) % call.out.ndim
     atoms = [call.atoms_of(t) for t in call.args[0]]
     if any(a is None for a in atoms):
-        raise Unknown("a constant is stacked")
+        raise UnsupportedOperator("a constant is stacked")
     shape = torch.broadcast_shapes(*(a.shape for a in atoms))
     stacked = compress(torch.stack([a.expand(shape) for a in atoms], axis))
     inner = [i for i in varying(stacked) if i != axis]
@@ -515,7 +517,7 @@ def chunk(tape: Tape, call: Call) -> list[Tensor]:
     if axis not in varying(call.x):
         return [call.x] * len(call.out)
     if x.shape[axis] % len(call.out) or tape.flexible(call.x) != axis:
-        raise Unknown("its parts are not equal")
+        raise UnsupportedOperator("its parts are not equal")
     return _equal_parts(tape, call.x, len(call.out), axis)
 
 
@@ -532,7 +534,7 @@ def split(tape: Tape, call: Call) -> list[Tensor]:
     if axis not in varying(call.x):
         return [call.x] * len(call.out)
     if _name(call) == "tensor_split" or tape.flexible(call.x) != axis:
-        raise Unknown("it splits channels at positions written into forward")
+        raise UnsupportedOperator("it splits channels at positions written into forward")
     lengths = [part.shape[axis] for part in call.out]
     equal = isinstance(call.args[1], int) and len(set(lengths)) == 1
     if equal:
@@ -542,7 +544,7 @@ def split(tape: Tape, call: Call) -> list[Tensor]:
         return parts
     sizes = match(lengths, call.sizes)
     if not all(map(_settable, sizes)):
-        raise Unknown("it splits channels at positions written into forward")
+        raise UnsupportedOperator("it splits channels at positions written into forward")
     parts = list(call.x.split(lengths, axis))
     for part, size in zip(parts, sizes, strict=True):
         _follow(tape, size, rows_along(part, axis)[0], f"a split into parts of {lengths}")
@@ -554,7 +556,7 @@ def unbind(tape: Tape, call: Call) -> list[Tensor]:
     if axis not in varying(call.x):
         return [call.x.squeeze(axis)] * len(call.out)
     if axis == tape.flexible(call.x):
-        raise Unknown("it takes channels apart")
+        raise UnsupportedOperator("it takes channels apart")
     return [compress(part) for part in call.x.unbind(axis)]
 
 
@@ -564,11 +566,11 @@ def select(tape: Tape, call: Call) -> Tensor:
     if axis not in varying(call.x):
         return call.x.squeeze(axis)
     if axis == tape.flexible(call.x):
-        raise Unknown("it selects one channel")
+        raise UnsupportedOperator("it selects one channel")
     return compress(call.x.select(axis, call.arg(2, "index")))
 
 
-def slice_(tape: Tape, call: Call) -> Tensor:
+def slice_channels(tape: Tape, call: Call) -> Tensor:
     """Along space, or of channels up to or from a position that comes from an attribute."""
     axis = call.arg(1, "dim", 0) % call.args[0].ndim
     start, end, step = call.arg(2, "start") or 0, call.arg(3, "end"), call.arg(4, "step", 1)
@@ -578,7 +580,7 @@ def slice_(tape: Tape, call: Call) -> Tensor:
         return call.x
     sizes = match(bounds, call.sizes)
     if step != 1 or tape.flexible(call.x) != axis or not all(map(_settable, sizes)):
-        raise Unknown("it slices channels at positions written into forward")
+        raise UnsupportedOperator("it slices channels at positions written into forward")
     row = rows_along(call.x, axis)[0]
     for bound, size in zip(bounds, sizes, strict=True):
         _follow(tape, size, row[:bound], f"a slice at channel {bound}")
@@ -620,10 +622,10 @@ RULES: dict[str, Callable[[Tape, Call], Any]] = _table(
         batch_norm: "batch_norm",
         index_select: "index_select",
         index_copy: "index_copy",
-        carry: "relu relu6 leaky_relu silu hardswish gelu tanh elu selu celu mish softsign abs neg sqrt square sin erf "
-        "hardshrink softshrink tanhshrink dropout feature_dropout alpha_dropout clone contiguous to _to_copy detach alias "
-        "lift_fresh positive sign round floor nan_to_num",
-        tied: "sigmoid hardsigmoid exp softplus log_sigmoid cos rsub logical_not",
+        zero_preserving: "relu relu6 leaky_relu silu hardswish gelu tanh elu selu celu mish softsign abs neg sqrt square "
+        "sin erf hardshrink softshrink tanhshrink dropout feature_dropout alpha_dropout clone contiguous to _to_copy detach "
+        "alias lift_fresh positive sign round floor nan_to_num",
+        not_zero_preserving: "sigmoid hardsigmoid exp softplus log_sigmoid cos rsub logical_not",
         clamp: "clamp clamp_min clamp_max hardtanh",
         power: "pow",
         prelu: "prelu",
@@ -634,7 +636,7 @@ RULES: dict[str, Callable[[Tape, Call], Any]] = _table(
         reduce: "mean sum amax amin",
         softmax: "softmax log_softmax _softmax",
         pad: "pad constant_pad_nd",
-        move: "view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze expand movedim swapaxes "
+        rearrange: "view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze expand movedim swapaxes "
         "flip",
         expand_as: "expand_as",
         view_as: "view_as reshape_as",
@@ -646,7 +648,7 @@ RULES: dict[str, Callable[[Tape, Call], Any]] = _table(
         chunk: "chunk",
         split: "split split_with_sizes tensor_split",
         unbind: "unbind",
-        slice_: "slice",
+        slice_channels: "slice",
         select: "select",
         pixel_shuffle: "pixel_shuffle",
         pixel_unshuffle: "pixel_unshuffle",

@@ -229,7 +229,7 @@ def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> l
         except AttributeError as error:
             raise PlanError(f"plan: this network has no layer {name}") from error
     tensors = [*modules[name]._parameters.items(), *modules[name]._buffers.items()]
-    return [(k, t) for k, t in tensors if t is not None and k not in ("select", "place", "num_batches_tracked")]
+    return [(k, t) for k, t in tensors if t is not None and k not in ("select", "scatter", "num_batches_tracked")]
 
 
 def _axes(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
@@ -271,7 +271,7 @@ def _slices(model: nn.Module, modules: dict, name: str, layer: LayerPlan) -> lis
 
 
 def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
-    """Make a layer's own numbers say its new size; let a norm whose sides differ select and place."""
+    """Make a layer's own numbers say its new size; let a norm whose sides differ select and scatter."""
     if layer.kind == "scale":
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.PReLU):
@@ -287,8 +287,8 @@ def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
         if layer.width > max(layer.size[1], getattr(module, "width", 0)):
             raise PlanError(f"plan: width of layer {name} must not be more than its channels, got {layer.width}")
         module.num_features = len(layer.outs)
-        select, place = (None if i is None else torch.tensor(i) for i in (layer.select, layer.place))
-        set_indices(module, select, place, layer.width)
+        select, scatter = (None if i is None else torch.tensor(i) for i in (layer.select, layer.scatter))
+        set_indices(module, select, scatter, layer.width)
         return
     if hasattr(module, "in_channels"):
         groups = module.groups if layer.kind == "grouped" else 1

@@ -17,7 +17,7 @@ FROZEN = 0
 CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 
 
-class Unknown(Exception):
+class UnsupportedOperator(Exception):
     """Raised by a rule that cannot prove what an operator does; the message says why."""
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimming.channels import watch as watching
-from slimming.channels.copying import light_copy
+from slimming.channels.copying import shallow_copy
 from slimming.channels.criteria import GlobalRatio
 from slimming.channels.explain import kind_of
 from slimming.channels.graph import ChannelGraph
@@ -32,7 +32,7 @@ def trace(model: nn.Module, example: Any, *, train_input: Any = None, strict: bo
     watching.check_device(model, example)
     tape, reason = Tape(), ""
     _check_initialised(model)
-    copied = light_copy(model)
+    copied = shallow_copy(model)
     mark_sizes(copied)
     try:
         evaluation = watching.watch(tape, copied.eval(), example)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimming.channels.copying import light_copy
+from slimming.channels.copying import shallow_copy
 from slimming.channels.layers import has_plain_forward
 from slimming.channels.macs import macs_of
 from slimming.channels.rules import RULES, Call
 from slimming.channels.sizes import SizeMode
-from slimming.channels.tape import FROZEN, Tape, Unknown, varying
+from slimming.channels.tape import FROZEN, Tape, UnsupportedOperator, varying
 from slimming.errors import GraphError
 
 VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze")
@@ -134,21 +134,21 @@ class Watcher(TorchDispatchMode):
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         try:
             if rule is None:
-                raise Unknown("no rule for it")
+                raise UnsupportedOperator("no rule for it")
             for tensor in operands:
                 if id(tensor) in self.overwritten:
                     self.tape.freeze(self.overwritten[id(tensor)], f"{name}: another view of its input was overwritten")
-                    raise Unknown("its input was overwritten through a view")
+                    raise UnsupportedOperator("its input was overwritten through a view")
             atoms = rule(self.tape, call)
             atoms = list(atoms) if isinstance(atoms, list | tuple) else [atoms]
             if any(a.ndim != t.ndim for a, t in zip(atoms, outputs, strict=True)):
-                raise Unknown("its output has other axes than its rule says")
+                raise UnsupportedOperator("its output has other axes than its rule says")
             changed = call.func._schema.is_mutable and any(
                 self.atoms_of(t) is not a for t, a in zip(outputs, atoms, strict=True)
             )
             if changed:
                 self._overwrite(outputs, atoms)
-        except Unknown as reason:
+        except UnsupportedOperator as reason:
             where = f" in {self.where()}" if self.where() else ""
             for tensor in operands:
                 self.tape.freeze(self.atoms_of(tensor), f"{name}{where}: {reason}")
@@ -228,7 +228,7 @@ def _runs_alike(norm: nn.modules.batchnorm._BatchNorm, shape: tuple[int, ...]) -
     logs = []
     try:
         for training in (False, True):
-            log = watch(Tape(), light_copy(norm).train(training), example).log
+            log = watch(Tape(), shallow_copy(norm).train(training), example).log
             # batch_norm's statistics and mode may differ, nothing else
             logs.append([call[:4] if call[0] is torch.ops.aten.batch_norm.default else call for call in log])
     except Exception:

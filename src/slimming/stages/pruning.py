@@ -331,7 +331,7 @@ def _table(result: dict[str, Any], plan: PruningPlan) -> str:
     )
     lines += [
         f"channels: {got['removed']:,} of {got['candidates']:,} candidates removed, {got['ratio']:.1%}{wanted}; "
-        f"{got['put_back']} put back by guards, {got['followed']} more went because nothing needed them",
+        f"{got['restored']} put back by guards, {got['dead']} more went because nothing needed them",
         f"parameters: {before['num_params']:,} -> {after['num_params']:,} "
         f"(-{1 - after['num_params'] / before['num_params']:.1%}); "
         f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M (-{1 - after['macs'] / before['macs']:.1%})"

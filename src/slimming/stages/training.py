@@ -12,7 +12,7 @@ from torch import nn
 from slimming import checkpoint, models
 from slimming.channels.cost import widths
 from slimming.channels.layers import synchronise
-from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
+from slimming.channels.penalty import max_shrinkage, near_zero_share, other_norms
 from slimming.config import TrainConfig, plain
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError, RunDirectoryError
@@ -289,7 +289,7 @@ def _tell_budget(say, sparsity: float, lr_sum: float, momentum: float | None, ga
     if momentum is None:
         say("  travel budget: known for SGD only, it does not apply to this optimizer")
         return
-    budget, start = travel_budget(sparsity, lr_sum, momentum), float(gammas.median())
+    budget, start = max_shrinkage(sparsity, lr_sum, momentum), float(gammas.median())
     say(f"  travel budget: the penalty alone can move a gamma by {budget:.3g}; they start at {start:.3g} (median)")
     if budget < start:
         say(f"  WARNING: {budget:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
