@@ -9,7 +9,7 @@ import torch
 from sabotage import NotHere, Scene, code, mask, network, plan
 from torch import nn
 
-from slimming.channels import surgery
+from slimming.channels import proof, surgery
 from slimming.channels.layers import SelectBatchNorm
 
 # --- the plan from which the thin network is made ---------------------------------------------------------------------
@@ -560,7 +560,7 @@ def attributes_never_fitted(here):
 
 def _mask_without(key: str) -> dict:
     """A specification that leaves gamma or beta of the pruned channels as they were."""
-    mask = surgery.mask
+    mask = proof.mask
 
     def masked(model, plan):
         result = mask(model, plan)
