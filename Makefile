@@ -17,6 +17,7 @@ demo: .venv/.ready ## the whole pipeline on the embedded digits, then the report
 lint: .venv/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # Two workers, each with one torch thread (tests/conftest.py); one that is done takes tests from the other.
 PYTEST := $(RUN) -m pytest -n 2 --dist worksteal

@@ -26,8 +26,9 @@ from torchvision import models as zoo
 
 import slimming
 from slimming import models
-from slimming.channels.surgery import relative_difference
-from slimming.channels.watch import call_model, set_training, tensors_in
+from slimming.channels.inputs import call_model, tensors_in
+from slimming.channels.modes import set_training
+from slimming.channels.proof import relative_difference
 
 WITHOUT_BATCHNORM = re.compile("alexnet|convnext|squeezenet|swin|vit_|vgg[0-9]+$")
 SIZES = {"maxvit_t": 224, "inception_v3": 299}

@@ -29,6 +29,7 @@ from torch import nn
 
 import slimming
 from slimming.channels.graph import ChannelGraph
+from slimming.channels.graph.liveness import solve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "channels"))
 from exactness import assert_exact, randomise
@@ -96,8 +97,8 @@ def shrinking_share(graph: ChannelGraph, plan: slimming.PruningPlan) -> float:
         own = torch.zeros(graph.norms[name].module.num_features, dtype=torch.bool)
         own[indices] = True
         kept[graph.norms[name].all] = own
-    live = graph.solve(kept, torch.zeros(graph.tape.count, dtype=torch.bool)).live
-    sides = [torch.cat([graph.place[getattr(n.use, s)] for n in graph.norms.values()]) for s in ("read", "write")]
+    live = solve(graph, kept, torch.zeros(graph.tape.count, dtype=torch.bool)).live
+    sides = [torch.cat([graph.component[getattr(n.use, s)] for n in graph.norms.values()]) for s in ("read", "write")]
     gone = ~(live[sides[0]] & live[sides[1]])
     return float(gone[~kept].double().mean()) if bool((~kept).any()) else 0.0
 
@@ -168,11 +169,7 @@ def race(model: nn.Module, example: torch.Tensor, turns: int) -> dict:
         finally:
             signal.alarm(0)
     ratio = f"{statistics.median(b / a for a, b in zip(mine, other, strict=False)):.1f}" if other else "-"
-    seconds = (
-        f"{statistics.median(mine):.2f} / {statistics.median(other):.2f}"
-        if other
-        else f"{statistics.median(mine):.2f} / -"
-    )
+    seconds = f"{statistics.median(mine):.2f} / " + (f"{statistics.median(other):.2f}" if other else "-")
     return {"seconds": seconds, "ratio": ratio, "outcome": outcome}
 
 

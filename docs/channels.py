@@ -57,7 +57,7 @@ def main() -> None:
                     colour = "white" if i in set(stay) else "black"
                     axis.text(i + 0.43, -row - 0.36, f"{GAMMAS[name][i]:g}", ha="center", va="center", color=colour)
             layer = plan.layers.get(name)
-            note = " + ".join(s for s in ("select", "place") if layer is not None and getattr(layer, s) is not None)
+            note = " + ".join(s for s in ("select", "scatter") if layer is not None and getattr(layer, s) is not None)
             axis.text(8.1, -row - 0.36, note, va="center", fontsize=9, style="italic")
         axis.set(xlim=(-0.1, 10), ylim=(-7, 0.2), xticks=[])
         axis.set_yticks([-r - 0.36 for r in range(len(kept))], list(kept))

@@ -248,12 +248,12 @@ RECORDS = {
     "indices negative": (in_layer(outs=[-1, 0]), "outs of layer"),
     "indices very many": (in_layer(outs=list(range(10**6))), "outs of layer"),
     "select too long": (in_layer(select=list(range(1000))), "select of layer"),
-    "place a word": (in_layer(place="01"), "place of layer"),
+    "scatter a word": (in_layer(scatter="01"), "scatter of layer"),
     "width a word": (in_layer(width="8"), "width of layer"),
     "width huge": (
         lambda: pruned(
             lambda plan: plan["layers"]["feature.1"].update(
-                place=list(range(len(plan["layers"]["feature.1"]["outs"]))), width=2**30
+                scatter=list(range(len(plan["layers"]["feature.1"]["outs"]))), width=2**30
             )
         ),
         "width of layer",

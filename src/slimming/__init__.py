@@ -20,7 +20,7 @@ _HOME = {
     "calibrate": "channels.calibrate",
     "cost": "channels.cost",
     "load": "checkpoint",
-    "mask": "channels.surgery",
+    "mask": "channels.proof",
     "prune": "channels.surgery",
     "prune_optimizer_state": "channels.surgery",
     "save": "checkpoint",

@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 import slimming
+from slimming.channels.inputs import call_model, tensors_in
+from slimming.channels.modes import set_training
 from slimming.channels.plan import PruningPlan
-from slimming.channels.surgery import relative_difference
-from slimming.channels.watch import call_model, set_training, tensors_in
+from slimming.channels.proof import relative_difference
 
 NORM = nn.modules.batchnorm._BatchNorm
 

@@ -1,4 +1,4 @@
-"""Criteria, guards and scores, on closed forms."""
+"""Criteria, constraints and scores, on closed forms."""
 
 import json
 import re
@@ -40,14 +40,14 @@ A, B = [0.5, -0.1, 0.3, 0.2], [0.05, 0.6, -0.7, 0.4, 0.15, 0.8]
 def test_global_ratio_removes_exactly_the_weakest():
     keep, plan = kept(chain(A, B), slimming.GlobalRatio(0.4))
     assert keep == [[0, 2], [1, 2, 3, 5]]  # 0.05, 0.1, 0.15, 0.2 of ten
-    assert (plan.got["removed"], plan.got["candidates"], plan.got["put_back"]) == (4, 10, 0)
+    assert (plan.got["removed"], plan.got["candidates"], plan.got["restored"]) == (4, 10, 0)
     assert plan.asked == {"criterion": "GlobalRatio", "ratio": 0.4, "convention": "exact"}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.29, 0.3, 0.7])
 def test_the_number_removed_is_the_floor(ratio):
     _, plan = kept(chain(A, B), slimming.GlobalRatio(ratio), ties="apart")
-    assert plan.got["removed"] + plan.got["put_back"] == int(ratio * 10 + 1e-9)
+    assert plan.got["removed"] + plan.got["restored"] == int(ratio * 10 + 1e-9)
 
 
 def test_equal_scores_go_in_order():
@@ -105,7 +105,7 @@ def test_a_budget_gives_the_largest_network_within_it(key, ties):
         ratio = thin.macs / dense.macs if key == "macs" else thin.num_params / dense.num_params
         assert ratio <= share and ratio == pytest.approx(plan.got[key])
         fewer = graph.plan(
-            slimming.GlobalRatio((plan.got["removed"] + plan.got["put_back"] - 1) / graph.count), ties=ties
+            slimming.GlobalRatio((plan.got["removed"] + plan.got["restored"] - 1) / graph.count), ties=ties
         )
         if ties == "apart":
             assert fewer.got[key] > share, "putting the last one back would exceed the budget"
@@ -116,11 +116,11 @@ def test_a_budget_out_of_reach_names_the_best():
         kept(chain(A, B), slimming.Budget(macs=1e-6))
 
 
-def test_guards_put_back_and_take_nothing_else():
+def test_constraints_restore_and_take_nothing_else():
     model = chain(A, B)
     keep, plan = kept(model, slimming.GlobalRatio(0.9), min_channels=2)
     assert keep == [[0, 2], [2, 5]]
-    assert (plan.got["removed"], plan.got["put_back"]) == (6, 3)
+    assert (plan.got["removed"], plan.got["restored"]) == (6, 3)
     assert kept(model, slimming.GlobalRatio(0.9), max_layer_ratio=0.5)[0] == [[0, 2], [1, 2, 5]]
     assert kept(model, slimming.GlobalRatio(0.9), round_to=4)[0] == [[0, 1, 2, 3], [1, 2, 3, 5]]
     assert kept(model, slimming.GlobalRatio(0.9), ignore=["1"])[0][0] == [0, 1, 2, 3]
@@ -128,7 +128,7 @@ def test_guards_put_back_and_take_nothing_else():
 
 def test_no_layer_empties():
     keep, plan = kept(chain([0.1, 0.2], [5.0, 6.0]), slimming.GlobalRatio(0.5))
-    assert keep == [[1], [0, 1]] and plan.got["put_back"] == 1
+    assert keep == [[1], [0, 1]] and plan.got["restored"] == 1
 
 
 def test_scores():

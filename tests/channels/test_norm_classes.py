@@ -1,4 +1,4 @@
-"""BatchNorm subclasses with a forward of their own: they select and place around their batch_norm, or stay whole."""
+"""BatchNorm subclasses with a forward of their own: they select and scatter around their batch_norm, or stay whole."""
 
 import copy
 import pickle
@@ -139,7 +139,7 @@ def test_served_classes_are_exact(norm, ties):
     assert plan.got["removed"] > 0 and all(isinstance(m, norm) for m in (thin.stem_norm, thin.before, thin.after))
     if ties == "apart":
         assert any(isinstance(m, SelectBatchNorm) and m.select is not None for m in thin.modules())
-        assert any(isinstance(m, SelectBatchNorm) and m.place is not None for m in thin.modules())
+        assert any(isinstance(m, SelectBatchNorm) and m.scatter is not None for m in thin.modules())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_copies_pickles_and_state_dicts_keep_what_a_norm_does():
         nn.init.zeros_(p)
     other.load_state_dict(thin.state_dict())
     assert torch.equal(other(IMAGE), expected)
-    assert not any("select" in key or "place" in key for key in thin.state_dict())
+    assert not any("select" in key or "scatter" in key for key in thin.state_dict())
     assert torch.allclose(thin.to(memory_format=torch.channels_last)(IMAGE), expected, rtol=1e-12)
     assert "select=" in repr(thin) and "Activated" in repr(thin)
 

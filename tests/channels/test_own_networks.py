@@ -42,7 +42,7 @@ def test_pruned_equals_masked(name, ties):
         plan = graph.plan(slimming.GlobalRatio(ratio), ties=ties)
         thin = assert_exact(model, plan, example)
         assert not empty_sides(thin)
-        assert plan.got["removed"] + plan.got["put_back"] == int(ratio * plan.got["candidates"] + 1e-9)
+        assert plan.got["removed"] + plan.got["restored"] == int(ratio * plan.got["candidates"] + 1e-9)
         gone = {(n, i) for n, keep in plan.keep.items() for i in set(range(plan.layers[n].size[1])) - set(keep)}
         assert before is None or before <= gone, "what a ratio removes a higher ratio removes, too"
         before = gone

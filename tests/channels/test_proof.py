@@ -6,7 +6,7 @@ from torch import nn
 
 import slimming
 from slimming import models
-from slimming.channels.surgery import mask, prove, relative_difference
+from slimming.channels.proof import mask, prove, relative_difference
 from slimming.errors import PlanError
 
 NAN, INF = float("nan"), float("inf")

@@ -9,7 +9,7 @@ from test_own_networks import check_planted, plant
 from torchvision import models as zoo
 
 import slimming
-from slimming.channels.watch import tensors_in
+from slimming.channels.inputs import tensors_in
 
 WITHOUT_BATCHNORM = re.compile("alexnet|convnext|squeezenet|swin|vit_|vgg[0-9]+$")
 HUGE = {"regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "vgg13_bn", "vgg16_bn", "vgg19_bn", "wide_resnet101_2"}

@@ -20,7 +20,7 @@ from torchvision import models as zoo
 
 import slimming
 from slimming import models
-from slimming.channels import surgery
+from slimming.channels import proof, surgery
 from slimming.channels.plan import LayerPlan, PruningPlan
 from slimming.errors import PlanError
 
@@ -198,11 +198,12 @@ def attempt(saboteur: str, network: str, ties: str) -> Verdict | None:
     except NotHere:
         return None
     broken, how = (here.thin if kind == "network" else None), ""
-    with mock.patch.multiple(surgery, **patches) if patches else nullcontext():
-        judged = surgery.mask(here.model, here.plan) if kind == "mask" else None
+    broken_code = proof if kind == "mask" else surgery
+    with mock.patch.multiple(broken_code, **patches) if patches else nullcontext():
+        judged = proof.mask(here.model, here.plan) if kind == "mask" else None
         try:
             broken = broken or surgery.prune(here.model, here.plan, verify=False)
-            surgery.prove(here.model, broken, here.plan)
+            proof.prove(here.model, broken, here.plan)
         except Exception as error:
             how = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
     return Verdict(saboteur, network, ties, change(here, judged or broken), bool(how), how)

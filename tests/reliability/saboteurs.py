@@ -9,7 +9,7 @@ import torch
 from sabotage import NotHere, Scene, code, mask, network, plan
 from torch import nn
 
-from slimming.channels import surgery
+from slimming.channels import proof, surgery
 from slimming.channels.layers import SelectBatchNorm
 
 # --- the plan from which the thin network is made ---------------------------------------------------------------------
@@ -163,30 +163,30 @@ def select_lost(here):
 
 
 @plan
-def placement_shifted(here):
-    name = here.layer("norm", where=lambda layer: layer.place is not None)
+def scatter_shifted(here):
+    name = here.layer("norm", where=lambda layer: layer.scatter is not None)
     layer = here.plan.layers[name]
-    layer.place = [(i + 1) % layer.width for i in layer.place]
+    layer.scatter = [(i + 1) % layer.width for i in layer.scatter]
 
 
 @plan
-def placement_swapped(here):
-    _change(here, "place", ("norm",), lambda places: _swapped(places, here.pick))
+def scatter_swapped(here):
+    _change(here, "scatter", ("norm",), lambda scatter: _swapped(scatter, here.pick))
 
 
 @plan
-def placement_reversed(here):
-    _change(here, "place", ("norm",), lambda places: places[::-1])
+def scatter_reversed(here):
+    _change(here, "scatter", ("norm",), lambda scatter: scatter[::-1])
 
 
 @plan
-def placement_lost(here):
-    here.plan.layers[here.layer("norm", where=lambda layer: layer.place is not None)].place = None
+def scatter_lost(here):
+    here.plan.layers[here.layer("norm", where=lambda layer: layer.scatter is not None)].place = None
 
 
 @plan
-def placement_too_wide(here):
-    here.plan.layers[here.layer("norm", where=lambda layer: layer.place is not None)].width += 1
+def scatter_too_wide(here):
+    here.plan.layers[here.layer("norm", where=lambda layer: layer.scatter is not None)].width += 1
 
 
 @plan
@@ -205,7 +205,7 @@ def two_layers_exchanged(here):
 
 @plan
 def a_tied_channel_kept_on_one_side_only(here):
-    """A convolution and its BatchNorm keep another channel than those that share its place."""
+    """A convolution and its BatchNorm keep another channel than those that share its component."""
     layers = list(here.plan.layers.items())
     pairs = [(c, n) for (_, c), (_, n) in itertools.pairwise(layers) if n.kind == "norm"]
     pairs = [(c, n) for c, n in pairs if c.kind in WRITERS and c.outs == n.outs and _thinned(1)(n)]
@@ -421,7 +421,7 @@ def a_batchnorm_skipped(here):
 @network
 def the_indices_of_a_selection_forgotten(here):
     module = here.module("norm", where=lambda m: isinstance(m, SelectBatchNorm))
-    module.select = module.place = None
+    module.select = module.scatter = None
 
 
 @network
@@ -432,8 +432,8 @@ def a_selection_before_normalising_twice(here):
 
 @network
 def zeros_that_are_not_zero(here):
-    module = here.module("norm", where=lambda m: isinstance(m, SelectBatchNorm) and m.place is not None)
-    forward, empty = module.forward, sorted(set(range(module.width)) - set(module.place.tolist()))
+    module = here.module("norm", where=lambda m: isinstance(m, SelectBatchNorm) and m.scatter is not None)
+    forward, empty = module.forward, sorted(set(range(module.width)) - set(module.scatter.tolist()))
     if not empty:
         raise NotHere
     module.forward = lambda x: forward(x).index_fill(1, torch.tensor(empty), 1e-3)
@@ -545,10 +545,10 @@ def biases_never_sliced(here):
 
 @code
 def selections_never_made(here):
-    if not here.layers("norm", where=lambda layer: layer.select is not None or layer.place is not None):
+    if not here.layers("norm", where=lambda layer: layer.select is not None or layer.scatter is not None):
         raise NotHere
     fit = surgery._fit_attributes
-    return {"_fit_attributes": lambda m, n, p: fit(m, n, dataclasses.replace(p, select=None, place=None))}
+    return {"_fit_attributes": lambda m, n, p: fit(m, n, dataclasses.replace(p, select=None, scatter=None))}
 
 
 @code
@@ -560,7 +560,7 @@ def attributes_never_fitted(here):
 
 def _mask_without(key: str) -> dict:
     """A specification that leaves gamma or beta of the pruned channels as they were."""
-    mask = surgery.mask
+    mask = proof.mask
 
     def masked(model, plan):
         result = mask(model, plan)

@@ -258,12 +258,12 @@ def test_synchronised_networks_keep_parameters_keys_and_indices():
     assert any(selects) and not all(selects)
     before, parameters = thin.eval()(example), list(thin.parameters())
     state = {k: v.clone() for k, v in thin.state_dict().items()}
-    indices = [(m.select, m.place, m.width) for m in thin.modules() if isinstance(m, SelectBatchNorm)]
+    indices = [(m.select, m.scatter, m.width) for m in thin.modules() if isinstance(m, SelectBatchNorm)]
     turned = synchronise(thin)
     norms = [m for m in turned.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms) and len(norms) == len(selects)
     assert [isinstance(m, SelectBatchNorm) for m in norms] == selects
-    assert [(m.select, m.place, m.width) for m in norms if isinstance(m, SelectBatchNorm)] == indices
+    assert [(m.select, m.scatter, m.width) for m in norms if isinstance(m, SelectBatchNorm)] == indices
     assert all(a is b for a, b in zip(turned.parameters(), parameters, strict=True))
     assert turned.state_dict().keys() == state.keys()
     assert torch.equal(turned.eval()(example), before)

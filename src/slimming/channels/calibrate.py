@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from slimming.channels.copying import copy_model
-from slimming.channels.watch import set_training
+from slimming.channels.modes import set_training
 from slimming.errors import GraphError
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Return a copy, in eval mode, whose running statistics are the average over the batches; no weight is touched.
+    """Return a copy, in eval mode, whose running statistics are the average over the batches; weights stay as they are.
 
-    A removed channel also took the constant with it that its beta fed into the next layer; the old statistics still
-    expect it.
+    A channel that was removed fed the constant of its beta into the next layer. That constant is gone, and the old
+    statistics still expect it.
 
     Args:
         batches: inputs (N, C, H, W) as in training, augmentation included, on the model's device; or (inputs, labels).

@@ -1,6 +1,6 @@
 """Parameters, multiply-accumulates and activations of a network, counted from the operators that really run.
 
-What counts as a MAC is said in macs.py; FLOPs = 2 * MACs.
+macs.py says what counts as a MAC; FLOPs = 2 * MACs.
 """
 
 import copy
@@ -24,11 +24,11 @@ class Cost:
     Attributes:
         num_params: elements of all parameters, shared ones once.
         macs: multiply-accumulates of one forward pass on the example, divided by its batch size.
-        activation_bytes: of all tensors that the operators of that pass write, per item; views and in-place results count
-            nothing.
+        activation_bytes: bytes per item of all tensors that the operators of that pass write; views and in-place results
+            count nothing.
         layers: macs by the name of the layer whose weight is used; "" for products of activations.
         layer_params: parameters that each module holds itself, by its name.
-        uncounted: operators that multiply tensors but whose MACs are not known, with the layer whose weight they use.
+        uncounted: operators that multiply tensors but whose MACs are unknown, with the layer whose weight they use.
     """
 
     num_params: int
@@ -43,20 +43,20 @@ class Cost:
         return 2 * self.macs
 
     def record(self) -> dict[str, Any]:
-        """Return what result.json says of it: num_params, macs and, if anything is, what is uncounted."""
-        known = {"num_params": self.num_params, "macs": self.macs}
+        """Return the entry for result.json: num_params, macs and, where there are any, uncounted operators."""
+        known: dict[str, Any] = {"num_params": self.num_params, "macs": self.macs}
         return known | ({"uncounted": self.uncounted} if self.uncounted else {})
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names = {_place(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        self.names = {_address(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
         self.layers: dict[str, int] = {}
         self.uncounted: dict[str, None] = {}
         self.written: dict[int, torch.UntypedStorage] = {}  # kept alive: no address serves twice
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for tensor in tensors(out):
@@ -64,8 +64,8 @@ class _Counter(TorchDispatchMode):
             self.written.setdefault(storage._cdata, storage)
         count = macs_of(func, args, kwargs, out)
         if count != 0:
-            places = map(_place, tensors((args, kwargs)))
-            name = next((self.names[place] for place in places if place in self.names), "")
+            addresses = map(_address, tensors((args, kwargs)))
+            name = next((self.names[address] for address in addresses if address in self.names), "")
             if count is None:
                 self.uncounted[f"{title(func)} in {name}" if name else title(func)] = None
             else:
@@ -73,9 +73,9 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's elements begin: on the meta device, too, which has no addresses."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's elements begin; the storage object stands for addresses, which the meta device lacks."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def cost(model: nn.Module, example: torch.Tensor) -> Cost:
@@ -83,7 +83,7 @@ def cost(model: nn.Module, example: torch.Tensor) -> Cost:
 
     Args:
         model: any network, on the device of the example.
-        example: (N, ...) an input; MACs are per item of its first axis.
+        example: (N, ...) an input; MACs are counted per item of its first axis.
     """
     model = copy.deepcopy(model).eval()
     counter = _Counter(model)
@@ -115,10 +115,10 @@ def widths(model: nn.Module) -> list[int | str]:
 
 
 def latency_ms(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int = 15) -> dict[str, float]:
-    """Time forward passes in turns, so that all meet the same machine.
+    """Time forward passes in turns, so that all of them get the same share of a busy machine.
 
     Args:
-        runs: functions that run one network each; called once more before the clock starts.
+        runs: functions that run one network each; each is called once more before the clock starts.
 
     Returns:
         Median wall time of each, in milliseconds.

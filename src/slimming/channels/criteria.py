@@ -1,7 +1,8 @@
-"""Which channels go: every criterion turns the scores of units (classes of tied gammas, or single ones) into a mask."""
+"""Which channels go: a criterion turns the scores of units into a mask. A unit is a class of tied gammas, or one gamma."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class Criterion:
     def choose(self, choice: Choice) -> Tensor:
         raise NotImplementedError
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
+        """Return the criterion's name and values, as a plan records what was asked."""
         return {"criterion": type(self).__name__} | {k: v for k, v in vars(self).items() if v is not None}
 
 
@@ -83,7 +85,7 @@ class PerLayerRatio(Criterion):
 
 
 class Threshold(Criterion):
-    """Everything with a score <= `threshold`, which is >= 0."""
+    """All units with a score <= `threshold`, which is >= 0."""
 
     def __init__(self, threshold: float):
         check_number("threshold", threshold, 0)
@@ -94,7 +96,7 @@ class Threshold(Criterion):
 
 
 class OptimalThreshold(Criterion):
-    """Per layer the weakest whose squared scores add up to at most `delta` of the layer's sum.
+    """Per layer the weakest units whose squared scores add up to at most `delta` of the layer's sum.
 
     Source: Ye et al., Channel Pruning via Optimal Thresholding, arXiv:2003.04566, equation 5; delta 1e-3.
     """
@@ -113,7 +115,11 @@ class OptimalThreshold(Criterion):
 
 
 class Budget(Criterion):
-    """As many of the weakest as it takes: give `macs` or `params`, the share in (0, 1] of the dense cost that may remain."""
+    """As few of the weakest units as it takes.
+
+    Args:
+        macs, params: the share in (0, 1] of the dense cost that may remain; give one of them.
+    """
 
     def __init__(self, macs: float | None = None, params: float | None = None):
         if (macs is None) == (params is None):
@@ -130,8 +136,8 @@ class Budget(Criterion):
         Raises:
             GraphError: unreachable; the message gives the best that can be reached.
         """
-        key = "macs" if self.macs is not None else "params"
-        limit = self.macs if self.macs is not None else self.params
+        key, limit = ("macs", self.macs) if self.macs is not None else ("params", self.params)
+        assert limit is not None
         order = choice.score.argsort(stable=True)
 
         def removed(count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Multiply-accumulates of one operator call.
 
-Convention: convolutions, transposed convolutions, matrix products and attention count; BatchNorm, activations, pooling,
-interpolation and what goes element by element count nothing. An operator that multiplies tensors and is none of these is
-taken apart; if it has no such parts, its MACs are not known, and that is said.
+Convention: convolutions, transposed convolutions, matrix products and attention count. BatchNorm, activations, pooling,
+interpolation and element-wise operators count nothing. Any other operator that multiplies tensors is taken apart; if it has
+no parts, its MACs are unknown, and `Cost.uncounted` names it.
 """
 
 import re
@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
+Formula = Callable[[list[Tensor], tuple[Any, ...], Any], int]  # of the operands, all arguments and the result
 
 
-def macs_of(func, args: tuple, kwargs: dict, out) -> int | None:
+def macs_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
     """Return the multiply-accumulates of one operator call; 0 for what sums no products, None where they are not known."""
     operands = tensors((args, kwargs))
     if formula := _FORMULAS.get(func._overloadpacket):
@@ -25,16 +26,18 @@ def macs_of(func, args: tuple, kwargs: dict, out) -> int | None:
     return _macs_of_parts(func, args, kwargs) if _may_multiply(func, operands) else 0
 
 
-def _may_multiply(func, operands: list[Tensor]) -> bool:
-    """Return whether an operator may sum products: it meets several tensors otherwise than element by element."""
+def _may_multiply(func: Any, operands: list[Tensor]) -> bool:
+    """Return whether an operator may sum products: it combines several tensors, and not element by element."""
     if title(func).startswith(("fft_", "_fft_")):
         return True
     numbers = [t for t in operands if t.ndim and (t.is_floating_point() or t.is_complex())]
+    if len(numbers) < 2:
+        return False
     harmless = torch.Tag.pointwise in func.tags or _SUM_NO_PRODUCTS.fullmatch(title(func).rstrip("_"))
-    return len(numbers) > 1 and not harmless
+    return not harmless
 
 
-def _macs_of_parts(func, args: tuple, kwargs: dict) -> int | None:
+def _macs_of_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Take an operator apart on the meta device, where it costs nothing; None for one that has no parts."""
     parts = _Parts()
     try:
@@ -49,11 +52,11 @@ def _macs_of_parts(func, args: tuple, kwargs: dict) -> int | None:
 class _Parts(TorchDispatchMode):
     """Adds up what the parts of a composite operator count; None where one of them cannot be counted."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.macs: int | None = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = macs_of(func, args, kwargs, out)
@@ -61,38 +64,38 @@ class _Parts(TorchDispatchMode):
         return out
 
 
-def _convolution(operands: list[Tensor], args: tuple, out: Tensor) -> int:
+def _convolution(operands: list[Tensor], args: tuple[Any, ...], out: Tensor) -> int:
     return out.shape[2:].numel() * out.shape[0] * operands[1].numel()
 
 
-def _transposed_convolution(operands: list[Tensor], args: tuple, out: Tensor) -> int:
+def _transposed_convolution(operands: list[Tensor], args: tuple[Any, ...], out: Tensor) -> int:
     data, weight = operands[:2]
     return data.shape[2:].numel() * data.shape[0] * weight.numel()
 
 
-def _attention(operands: list[Tensor], args: tuple, out: Tensor) -> int:
+def _attention(operands: list[Tensor], args: tuple[Any, ...], out: Tensor) -> int:
     """Count the scores and their use, of (..., T, E) queries and (..., S, E) keys."""
     query, key, value = operands[:3]
     return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _whole_layer(weights: list[int]) -> Callable:
+def _whole_layer(weights: list[int]) -> Formula:
     """Make the formula of attention to oneself with matrices around it: the fast path of nn.MultiheadAttention."""
 
-    def count(operands: list[Tensor], args: tuple, out) -> int:
-        data = args[0]  # (N, T, E)
-        matrices = sum(args[i].numel() for i in weights)
+    def count(operands: list[Tensor], args: tuple[Any, ...], out: Any) -> int:
+        data: Tensor = args[0]  # (N, T, E)
+        matrices: int = sum(args[i].numel() for i in weights)
         return data[..., 0].numel() * (matrices + 2 * data.shape[-1] * data.shape[-2])
 
     return count
 
 
-def _product(first: int) -> Callable:
+def _product(first: int) -> Formula:
     """Make the formula of a product of matrices whose first factor is this operand."""
     return lambda operands, args, out: out.numel() * operands[first].shape[-1]
 
 
-_FORMULAS: dict[Any, Callable[[list[Tensor], tuple, Any], int]] = {
+_FORMULAS: dict[Any, Formula] = {
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), _convolution),
     **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), _transposed_convolution),
     aten.convolution: lambda o, args, out: (_transposed_convolution if args[6] else _convolution)(o, args, out),
@@ -103,16 +106,17 @@ _FORMULAS: dict[Any, Callable[[list[Tensor], tuple, Any], int]] = {
     aten._native_multi_head_attention: _whole_layer([5, 7]),
     aten._transformer_encoder_layer_fwd: _whole_layer([3, 5, 14, 16]),
 }
-# Of the operators that meet several tensors; element-wise ones say so themselves.
+# Operators that combine several tensors and sum no products; element-wise ones have torch's tag `pointwise`.
 _SUM_NO_PRODUCTS = re.compile(
     r"(native_)?(batch|instance|layer|group|rms)_norm|prelu|_prelu_kernel|_weight_norm|cat|concat|stack|copy|index_\w+|"
     r"\w*scatter\w*|\w+_as|grid_sampler\w*|bucketize|searchsorted|torchvision::(nms|\w*roi_\w+)"
 )
 
 
-def title(func) -> str:
+def title(func: Any) -> str:
     """Name an operator for people: `einsum`, `torchvision::deform_conv2d`."""
-    return func._schema.name.removeprefix("aten::")
+    name: str = func._schema.name
+    return name.removeprefix("aten::")
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -35,7 +35,7 @@ def batchnorm_gammas(model: nn.Module, layers: Iterable[str] | None = None) -> d
 
 
 def other_norms(model: nn.Module) -> str:
-    """Say what a network without BatchNorm scales has instead: `it normalises by LayerNorm (18 layers)`, or ""."""
+    """Return what a network without BatchNorm scales has instead: `it normalises by LayerNorm (18 layers)`, or ""."""
     kinds = Counter(type(m).__name__ for m in model.modules() if m._parameters and "norm" in type(m).__name__.lower())
     if not kinds:
         return ""
@@ -44,14 +44,14 @@ def other_norms(model: nn.Module) -> str:
 
 
 class Penalty:
-    """sparsity * sum |gamma| over some gammas of a network.
+    """The penalty sparsity * sum |gamma| over some gammas of a network.
 
     Args:
         gammas: the scales, by layer name; each (C,).
         sparsity: lambda of the paper's equation 1, >= 0.
     """
 
-    def __init__(self, gammas: dict[str, nn.Parameter], sparsity: float):
+    def __init__(self, gammas: dict[str, nn.Parameter], sparsity: float) -> None:
         self.gammas, self.sparsity = gammas, sparsity
 
     @torch.no_grad()
@@ -59,21 +59,23 @@ class Penalty:
         """Add factor * sparsity * sign(gamma), with sign(0) = 0, to every gradient; a missing gradient counts as zero.
 
         Args:
-            factor: what the loss was multiplied by before its backward pass: 1 / accumulated batches, the scale of a
-                GradScaler (a tensor, so that no device has to be waited for).
+            factor: what the loss was multiplied by before its backward pass: 1 / accumulated batches, or the scale of a
+                GradScaler (a tensor, so that nothing waits for the device).
         """
-        gammas = list(self.gammas.values())
+        gammas: list[torch.Tensor] = list(self.gammas.values())
         if not gammas or self.sparsity == 0:
             return
+        gradients = []
         for gamma in gammas:
             if gamma.grad is None:
                 gamma.grad = torch.zeros_like(gamma)
+            gradients.append(gamma.grad)
         signs = torch._foreach_sign(gammas)
         if isinstance(factor, torch.Tensor):
             torch._foreach_mul_(signs, factor.to(gammas[0]) * self.sparsity)
-            torch._foreach_add_([g.grad for g in gammas], signs)
+            torch._foreach_add_(gradients, signs)
         else:
-            torch._foreach_add_([g.grad for g in gammas], signs, alpha=factor * self.sparsity)
+            torch._foreach_add_(gradients, signs, alpha=factor * self.sparsity)
 
     @torch.no_grad()
     def value(self) -> torch.Tensor:
@@ -93,8 +95,8 @@ def near_zero_share(gammas: torch.Tensor, fraction: float = 0.01) -> float:
     return float((gammas < fraction * gammas.max()).float().mean()) if len(gammas) else 0.0
 
 
-def travel_budget(sparsity: float, lr_sum: float, momentum: float) -> float:
-    """Return how far SGD with this penalty alone can move a gamma in a run.
+def max_shrinkage(sparsity: float, lr_sum: float, momentum: float) -> float:
+    """Return the maximum shrinkage: how far SGD with this penalty alone can move a gamma in a run.
 
     Args:
         sparsity: lambda.

@@ -1,30 +1,22 @@
-"""A pruning plan: plain data that says what stays of every layer."""
+"""A pruning plan: plain data that say what stays of every layer."""
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimming.channels.inputs import check_spec
+from slimming.channels.layers import SelectBatchNorm
 from slimming.errors import PlanError
 
-FORMAT = 2  # 1 had no attributes
-FIELDS = {"fingerprint": str, "network": str, "keep": dict, "layers": dict, "asked": dict, "got": dict}
+FORMAT = 3  # 1 had no attributes; 1 and 2 had other words, see RENAMED
+RENAMED = {"place": "scatter", "put_back": "restored", "followed": "dead"}  # in `layers` and `got`, since format 3
+FIELDS: dict[str, type] = {"fingerprint": str, "network": str, "keep": dict, "layers": dict, "asked": dict, "got": dict}
 FIELDS |= {"train_watched": bool, "train_reason": str, "attributes": list}
-COUNTED = (
-    "removed",
-    "candidates",
-    "ratio",
-    "put_back",
-    "followed",
-    "macs",
-    "params",
-)  # of `got`, as `describe` shows it
-LARGEST = 2**30  # numbers of one example input
+COUNTED = ("removed", "candidates", "ratio", "restored", "dead", "macs", "params")  # of `got`, as `describe` shows it
 KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm", "scale")
 
 
@@ -38,8 +30,8 @@ class LayerPlan:
         outs: kept outputs; for a norm its kept channels.
         size: (inputs, outputs) before.
         select: for a norm: which of the remaining input channels it reads; None: all.
-        place: for a norm: which of the remaining output channels it writes; None: all.
-        width: for a norm with `place`: remaining output channels.
+        scatter: for a norm: which of the remaining output channels it writes; None: all.
+        width: for a norm with `scatter`: remaining output channels.
     """
 
     kind: str
@@ -47,7 +39,7 @@ class LayerPlan:
     outs: list[int]
     size: tuple[int, int]
     select: list[int] | None = None
-    place: list[int] | None = None
+    scatter: list[int] | None = None
     width: int = 0
 
     def check(self, name: str) -> None:
@@ -56,28 +48,30 @@ class LayerPlan:
             raise PlanError(f"plan: layer {name} is of an unknown kind {self.kind!r}; allowed: {', '.join(KINDS)}")
         if not (isinstance(self.size, tuple) and len(self.size) == 2 and all(_is_whole(n, 1) for n in self.size)):
             raise PlanError(f"plan: size of layer {name} must be two whole numbers >= 1, got {str(self.size)[:100]}")
-        sides = [("ins", self.ins, self.size[0]), ("outs", self.outs, self.size[1])]
-        sides += [(k, v, 2**31) for k, v in (("select", self.select), ("place", self.place)) if v is not None]
-        for side, indices, size in sides:
-            ordered = side in ("ins", "outs")
-            whole = isinstance(indices, list) and set(map(type, indices)) <= {int}
-            if not whole or not indices or len(indices) > size or min(indices) < 0 or max(indices) >= size:
-                raise PlanError(f"plan: {side} of layer {name} must be 1 to {size} whole numbers in [0, {size})")
-            if len(set(indices)) < len(indices) or (ordered and sorted(indices) != indices):
-                raise PlanError(f"plan: {side} of layer {name} must be sorted and distinct")
-        self._check_norm(name)
+        _check_indices(name, "ins", self.ins, self.size[0])
+        _check_indices(name, "outs", self.outs, self.size[1])
+        for side, indices in (("select", self.select), ("scatter", self.scatter)):
+            if indices is not None:
+                _check_indices(name, side, indices, 2**31, ordered=False)
+                if self.kind != "norm" or len(indices) != len(self.outs):
+                    raise PlanError(
+                        f"plan: {side} of layer {name} must be of a norm, one index for each of its channels"
+                    )
+        if not _is_whole(self.width, 1 + max(self.scatter) if self.scatter else 0):
+            raise PlanError(f"plan: width of layer {name} must be a whole number beyond scatter, got {self.width!r}")
 
-    def _check_norm(self, name: str) -> None:
-        for side, indices in (("select", self.select), ("place", self.place)):
-            if indices is not None and (self.kind != "norm" or len(indices) != len(self.outs)):
-                raise PlanError(f"plan: {side} of layer {name} must be of a norm, one index for each of its channels")
-        if not _is_whole(self.width, 1 + max(self.place) if self.place else 0):
-            raise PlanError(f"plan: width of layer {name} must be a whole number beyond place, got {self.width!r}")
+
+def _check_indices(name: str, side: str, indices: Any, size: int, ordered: bool = True) -> None:
+    whole = isinstance(indices, list) and set(map(type, indices)) <= {int}
+    if not whole or not indices or len(indices) > size or min(indices) < 0 or max(indices) >= size:
+        raise PlanError(f"plan: {side} of layer {name} must be 1 to {size} whole numbers in [0, {size})")
+    if len(set(indices)) < len(indices) or (ordered and sorted(indices) != indices):
+        raise PlanError(f"plan: {side} of layer {name} must be sorted and distinct")
 
 
 @dataclass
 class PruningPlan:
-    """Everything that `prune` and `mask` need; no trace is.
+    """Everything that `prune` and `mask` need; they run no trace.
 
     Attributes:
         fingerprint: of the network it is for: its parameters' names and shapes, hashed.
@@ -88,12 +82,12 @@ class PruningPlan:
         attributes: [module, attribute, position or None, value] of every size kept in an attribute that changes; a position
             is that in a list or tuple of sizes.
         asked: the criterion, with its values.
-        got: removed (chosen gammas that went), candidates, ratio = removed / candidates, put_back (chosen, but brought
-            back), followed (not chosen, but nothing needed them any more), macs and params (shares that remain),
+        got: removed (chosen gammas that went), candidates, ratio = removed / candidates, restored (chosen, but kept by
+            constraints), dead (not chosen, but nothing needed them any more), macs and params (shares that remain),
             highest_score (of what was chosen; None if nothing was).
-        compare: what the proof compares: the network's `outputs`; or, where the network sorts or selects by score, so that
-            rounding turns into other choices, the outputs of all `layers` that keep every channel.
-        train_watched: whether the network could be run in train mode, too; else why not.
+        compare: what the proof compares: the network's `outputs`. Where the network sorts or selects by score, rounding turns
+            into other choices; it then compares the outputs of all `layers` that keep every channel.
+        train_watched: whether the network also ran in train mode; if not, `train_reason` says why.
     """
 
     fingerprint: str
@@ -106,10 +100,10 @@ class PruningPlan:
     train_watched: bool = True
     train_reason: str = ""
     compare: str = "outputs"
-    attributes: list[list] = field(default_factory=list)
+    attributes: list[list[Any]] = field(default_factory=list)
     format: int = field(default=FORMAT)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, kind in FIELDS.items():
             if not isinstance(getattr(self, key), kind):
                 raise PlanError(f"plan: {key} must be a {kind.__name__}, got {str(getattr(self, key))[:100]}")
@@ -120,28 +114,30 @@ class PruningPlan:
         for entry in self.attributes:
             _check_attribute(entry)
         for name, indices in self.keep.items():
-            layer = self.layers.get(name)
-            if layer is None or layer.kind != "norm" or layer.outs != indices:
+            kept = self.layers.get(name)
+            if kept is None or kept.kind != "norm" or kept.outs != indices:
                 raise PlanError(f"plan: keep of {name} does not match its layer entry")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> "PruningPlan":
+    def from_dict(cls, data: Mapping[str, Any]) -> "PruningPlan":
         """Rebuild a plan.
 
         Raises:
             PlanError: a missing or unknown key, another format, indices that cannot be.
         """
         try:
-            if data["format"] not in (1, FORMAT):
+            if data["format"] not in (1, 2, FORMAT):
                 raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads 1 to {FORMAT}")
+            if data["format"] != FORMAT:
+                data = _in_new_words(data)
             layers = {
                 name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
             }
-            _check_spec(data["spec"])
+            check_spec(data["spec"])
             if odd := [k for k in COUNTED if not isinstance(data["got"][k], int | float)]:
                 raise PlanError(f"plan: {odd[0]} in got must be a number")
             return cls(**{**data, "layers": layers, "format": FORMAT})
@@ -173,12 +169,12 @@ class PruningPlan:
         """Return a table for people: channels of every layer that changes, before -> after."""
         got = self.got
         lines = [f"{self.network}: {got['removed']} of {got['candidates']} gammas removed ({got['ratio']:.1%})"]
-        lines[0] += f", asked {self.asked}, put back {got['put_back']}, followed {got['followed']}"
+        lines[0] += f", asked {self.asked}, restored {got['restored']}, dead {got['dead']}"
         lines.append(f"MACs that remain {got['macs']:.1%}, parameters {got['params']:.1%}")
         lines.append(f"{'layer':40} {'kind':10} {'in':>13} {'out':>13}")
         for name, layer in self.layers.items():
             ins, outs = (f"{s} -> {len(i)}" for s, i in zip(layer.size, (layer.ins, layer.outs), strict=True))
-            extra = " select" * (layer.select is not None) + " place" * (layer.place is not None)
+            extra = " select" * (layer.select is not None) + " scatter" * (layer.scatter is not None)
             lines.append(f"{name:40} {layer.kind:10} {ins:>13} {outs:>13}{extra}")
         lines += [f"{module}.{name} becomes {value}" for module, name, _, value in self.attributes]
         if not self.train_watched:
@@ -186,28 +182,18 @@ class PruningPlan:
         return "\n".join(lines)
 
 
+def _in_new_words(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a plan of format 1 or 2 with the keys of format 3."""
+
+    def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {RENAMED.get(key, key): value for key, value in entries.items()}
+
+    layers = {name: renamed(layer) for name, layer in data["layers"].items()}
+    return {**data, "layers": layers, "got": renamed(data["got"])}
+
+
 def _is_whole(value: Any, low: int) -> bool:
     return type(value) is int and low <= value < 2**31
-
-
-def _check_spec(spec: dict, depth: int = 0) -> None:
-    """Raise PlanError unless `draw_input` can draw an input of a spec."""
-    if depth > 20:
-        raise PlanError("plan: spec is nested too deep")
-    if "shape" in spec:
-        good = isinstance(spec["shape"], list) and all(_is_whole(n, 0) for n in spec["shape"])
-        if not good or math.prod(spec["shape"]) > LARGEST or not isinstance(_dtype(spec["dtype"]), torch.dtype):
-            raise PlanError(f"plan: spec has an input that cannot be: {str(spec)[:100]}")
-        return
-    parts = [*spec["dict"].values()] if "dict" in spec else spec.get("list", spec.get("tuple"))
-    for part in parts or ():
-        _check_spec(part, depth + 1)
-    if parts is None and "value" not in spec:
-        raise PlanError(f"plan: spec is of no known kind: {str(spec)[:100]}")
-
-
-def _dtype(name: str) -> Any:
-    return getattr(torch, name, None)
 
 
 def _check_attribute(entry: Any) -> None:
@@ -227,39 +213,12 @@ def fingerprint(model: nn.Module) -> str:
     for prefix, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                indices = tensor.tolist() if name in ("select", "place") else ""
-                parts.append(f"{prefix}.{name} {[*tensor.shape]} {indices}")
+                # Plans of formats 1 and 2 know a SelectBatchNorm's `scatter` as `place`: their fingerprints stay valid.
+                known_as = "place" if name == "scatter" and isinstance(module, SelectBatchNorm) else name
+                indices = tensor.tolist() if known_as in ("select", "place") else ""
+                parts.append(f"{prefix}.{known_as} {[*tensor.shape]} {indices}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def describe_network(model: nn.Module) -> str:
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
-
-
-def input_spec(example: Any) -> Any:
-    """Describe an example input as plain data: shapes and dtypes in its tuples, lists and dicts."""
-    if isinstance(example, Tensor):
-        return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
-    if isinstance(example, dict):
-        return {"dict": {k: input_spec(v) for k, v in example.items()}}
-    if isinstance(example, list | tuple):
-        return {type(example).__name__: [input_spec(v) for v in example]}
-    return {"value": example if isinstance(example, int | float | str | bool | None) else repr(example)}
-
-
-def draw_input(
-    spec: Any, generator: torch.Generator, device: torch.device, dtype: torch.dtype, batch: int | None = None
-):
-    """Draw a random input of a spec: normal floats in `dtype`, small whole numbers; `batch` replaces the first axis."""
-    if "shape" in spec:
-        kind = getattr(torch, spec["dtype"])
-        shape = [batch if batch and i == 0 and len(spec["shape"]) > 2 else s for i, s in enumerate(spec["shape"])]
-        if kind.is_floating_point:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        return torch.randint(2, shape, generator=generator).to(device, kind)
-    if "dict" in spec:
-        return {k: draw_input(v, generator, device, dtype, batch) for k, v in spec["dict"].items()}
-    for name, kind in (("list", list), ("tuple", tuple)):
-        if name in spec:
-            return kind(draw_input(v, generator, device, dtype, batch) for v in spec[name])
-    return spec["value"]

@@ -1,8 +1,8 @@
-"""Sizes that a network keeps in attributes of its modules and writes into its operators, `torch.split(x, self.width, 1)`.
+"""Sizes that a network keeps in attributes of its modules and writes into its operators: `torch.split(x, self.width, 1)`.
 
-While a network is watched, every whole number among the attributes of its modules, and every size of a tensor that its code
-asks for, is a Size: an int that remembers, through arithmetic, what it was made of. An operator that gets one made of
-attributes alone can be resized by setting those attributes anew.
+While a network is watched, every whole number among the attributes of its modules is a Size, and so is every size of a tensor
+that its code asks for. A Size is an int that remembers, through arithmetic, what it was made of. Where a Size made of
+attributes alone reaches an operator, surgery can resize the operator by giving those attributes new values.
 """
 
 import operator
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Attribute = tuple[str, str, int | None]  # module, attribute, position where it holds a list or tuple of numbers
-SHAPE = "shape of a tensor"  # in place of the attribute; the position is then that of the axis in Tape.axes
-RESIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)  # surgery itself fits their numbers
+Values = dict[Attribute, int]
+SHAPE = "shape of a tensor"  # instead of an attribute's name; the position then counts axes in Tape.axes
+RESIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)  # surgery itself sets their numbers
 
 
 class Size(int):
@@ -24,24 +25,24 @@ class Size(int):
 
     Attributes:
         made_of: the attributes that it depends on.
-        compute: gives its value from theirs.
+        compute: returns its value, given theirs.
     """
 
     made_of: frozenset[Attribute] = frozenset()
-    compute: Callable[[dict[Attribute, int]], int]
+    compute: Callable[[Values], int]
 
     @classmethod
     def of(cls, attribute: Attribute, value: int) -> "Size":
         return cls._new(value, frozenset([attribute]), lambda values: values[attribute])
 
     @classmethod
-    def _new(cls, value: int, made_of: frozenset[Attribute], compute: Callable) -> "Size":
+    def _new(cls, value: int, made_of: frozenset[Attribute], compute: Callable[[Values], int]) -> "Size":
         size = cls(value)
         size.made_of, size.compute = made_of, compute
         return size
 
 
-def _arithmetic(function: Callable[[int, int], int], swapped: bool) -> Callable:
+def _arithmetic(function: Callable[[int, int], int], swapped: bool) -> Callable[[Size, Any], Any]:
     def apply(own: Size, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
@@ -58,13 +59,13 @@ for _name in ("add", "sub", "mul", "floordiv"):
     setattr(Size, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
 
 
-def _value(number: int, values: dict[Attribute, int]) -> int:
+def _value(number: int, values: Values) -> int:
     return number.compute(values) if isinstance(number, Size) and number.made_of else int(number)
 
 
 @dataclass
 class Resize:
-    """`size` counts the channels `atoms` (n,); it has to follow when some of them go."""
+    """`size` counts the channels `atoms` (n,) and has to follow when some of them go."""
 
     size: Size
     atoms: Tensor
@@ -72,15 +73,18 @@ class Resize:
 
 
 class SizeMode(TorchFunctionMode):
-    """Keeps the Sizes among the arguments of the torch function that runs, until it returns."""
+    """Keeps the Sizes among the arguments of the torch function that runs, until it returns.
 
-    def __init__(self, axis_of: Callable[[Tensor, int], int]):
-        """Take a function that numbers an axis of a tensor."""
+    Args:
+        axis_of: numbers an axis of a tensor.
+    """
+
+    def __init__(self, axis_of: Callable[[Tensor, int], int]) -> None:
         super().__init__()
         self.axis_of = axis_of
         self.given = Given()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outer, self.given = self.given, _collect((*args, *(kwargs or {}).values()), Given())
         try:
             out = func(*args, **(kwargs or {}))
@@ -95,16 +99,18 @@ class SizeMode(TorchFunctionMode):
 
 
 def axes_of(size: Size | None) -> list[int]:
-    """Return the numbers of the tensors' axes that a size was made of."""
-    return [position for _, name, position in (size.made_of if size is not None else ()) if name == SHAPE]
+    """Return the numbers, in Tape.axes, of the axes that a size was made of."""
+    made_of = size.made_of if size is not None else ()
+    return [position for _, name, position in made_of if name == SHAPE and position is not None]
 
 
 def match(numbers: Iterable[int], given: "Given") -> list[Size | None]:
-    """Return which of the given Sizes each number is, None for a number that is none.
+    """Return for each number the given Size that it is, None where it is no Size.
 
-    Numbers that were given as one sequence are known by their place in it; others by their value, if as many are given.
+    Numbers that were given as one sequence are told by their position in it, others by their value if as many are given.
     """
-    numbers, found = list(numbers), []
+    numbers = list(numbers)
+    found: list[Size | None] = []
     for sequence in given.sequences:
         if [int(n) for n in sequence] == numbers:
             return [n if isinstance(n, Size) else None for n in sequence]
@@ -122,7 +128,7 @@ class Given:
     sizes: list[Size] = field(default_factory=list)
 
 
-def _collect(values: Iterable, given: Given) -> Given:
+def _collect(values: Iterable[Any], given: Given) -> Given:
     """Note the numbers in nested arguments."""
     numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
     if len(numbers) > 1:
@@ -139,7 +145,7 @@ def _collect(values: Iterable, given: Given) -> Given:
 
 
 def has_sizes(module: nn.Module) -> bool:
-    """Return whether sizes are looked for in a module's attributes."""
+    """Return whether a module's attributes may hold sizes of its network's code."""
     return not (type(module).__module__.startswith("torch.nn.") or isinstance(module, RESIZED))
 
 
@@ -156,15 +162,15 @@ def mark_sizes(model: nn.Module) -> None:
                 module.__dict__[attribute] = type(value)(sizes)
 
 
-def new_values(counts: Iterable[tuple[Size, int]], model: nn.Module) -> dict[Attribute, int]:
-    """Find the values of attributes with which every Size equals its count.
+def new_values(counts: Iterable[tuple[Size, int]], model: nn.Module) -> Values:
+    """Find the values of attributes with which every Size equals its count; return those that change.
 
-    A size made of several attributes, `self.channels // self.branches`, changes the largest that nothing else decides.
+    Of a Size made of several attributes, `self.channels // self.branches`, the largest changes that nothing else decides.
 
     Raises:
         ValueError: there are none.
     """
-    found: dict[Attribute, int] = {}
+    found: Values = {}
     for size, count in sorted(counts, key=lambda pair: len(pair[0].made_of)):
         now = {attribute: read_attribute(model, attribute) for attribute in size.made_of} | found
         free = sorted(size.made_of - found.keys(), key=lambda a: (now[a], a))
@@ -176,7 +182,7 @@ def new_values(counts: Iterable[tuple[Size, int]], model: nn.Module) -> dict[Att
     return {a: v for a, v in found.items() if v != read_attribute(model, a)}
 
 
-def _solve(size: Size, count: int, attribute: Attribute, values: dict[Attribute, int]) -> int:
+def _solve(size: Size, count: int, attribute: Attribute, values: Values) -> int:
     for value in range(values[attribute] + 1):
         if size.compute(values | {attribute: value}) == count:
             return value
@@ -188,7 +194,8 @@ def attribute_name(attribute: Attribute) -> str:
     return f"{module}.{name}".lstrip(".") + ("" if position is None else f"[{position}]")
 
 
-def read_attribute(model: nn.Module, attribute: Attribute) -> int:
+def read_attribute(model: nn.Module, attribute: Attribute) -> Any:
+    """Return what an attribute holds: a whole number, if it is a size."""
     module, name, position = attribute
     value = getattr(model.get_submodule(module), name)
     return value if position is None else value[position]
@@ -197,7 +204,8 @@ def read_attribute(model: nn.Module, attribute: Attribute) -> int:
 def write_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
     module, name, position = attribute
     owner = model.get_submodule(module)
-    if position is not None:
-        old = list(getattr(owner, name))
-        value = type(getattr(owner, name))([*old[:position], value, *old[position + 1 :]])
-    setattr(owner, name, value)
+    if position is None:
+        setattr(owner, name, value)
+        return
+    old = getattr(owner, name)
+    setattr(owner, name, type(old)([*old[:position], value, *old[position + 1 :]]))

@@ -1,24 +1,20 @@
-"""What one watched forward pass writes down: atoms, ties, zeros and the uses of layers.
-
-An *atom* is an int that stands for one channel of one activation. Every activation has an array of atoms, kept compact: as
-many axes as the activation, each of them full or of size 1 where the atoms do not change along it. Atom 0 is frozen: network
-inputs, constants, and everything an unknown operator wrote.
-"""
+"""The tape: what the rules write down about one watched forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimming.channels.atoms import compress, rows_along, varying
 from slimming.channels.sizes import Resize, Size
 
-FROZEN = 0
 CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
 
 
-class Unknown(Exception):
-    """Raised by a rule that cannot prove what an operator does; the message says why."""
+class UnsupportedOperator(Exception):
+    """A rule cannot prove what an operator does; the message says why."""
 
 
 @dataclass
@@ -28,12 +24,12 @@ class Use:
     Attributes:
         kind: conv, transposed, linear, depthwise, grouped, norm or scale (a parameter with one number per channel).
         name: of the layer in the network.
-        read: (C_in,) atoms of the input the weights see (after the selection of a SelectBatchNorm).
-        write: (C_out,) atoms of the output (before its placement).
+        read: (C_in,) atoms of the input that the weights see (after the selection of a SelectBatchNorm).
+        write: (C_out,) atoms of the output (before the scatter of a SelectBatchNorm).
         groups: of a convolution.
         positions: how often the weights are applied; MACs are positions * kernel * C_in * C_out / groups.
         kernel: elements of the kernel.
-        source, target: for a norm: (C,) atoms of the whole tensor it reads from and writes to.
+        source, target: for a norm: (C,) atoms of the whole tensor that it reads from and of the one that it writes to.
         bias: whether the layer adds one.
     """
 
@@ -48,10 +44,14 @@ class Use:
     target: Tensor | None = None
     bias: bool = False
 
+    def sides(self) -> list[Tensor]:
+        """Return all atoms that the layer touches."""
+        return [side for side in (self.read, self.write, self.source, self.target) if side is not None]
+
 
 @dataclass
 class Zero:
-    """When atoms `out` carry zero: `all` or `any` of the rows of `operands` do, or their `gamma` is pruned, or `always`."""
+    """When the atoms `out` are zero: if `all` or `any` rows of `operands` are, if their `gamma` is pruned, or `always`."""
 
     when: str
     out: Tensor
@@ -61,12 +61,12 @@ class Zero:
 
 @dataclass
 class Product:
-    """A product of activations that sums over channels, or carries those of one factor.
+    """A product of two activations. It either sums over channels or carries the channels of one factor.
 
     Attributes:
-        atoms: (n,) places summed over (zero where a factor is) or carried.
-        macs: multiply-accumulates per place.
-        sums: whether the places are summed over and so needed, unless zero.
+        atoms: (n,) channels that are summed over (zero where a factor is) or carried.
+        macs: multiply-accumulates per channel.
+        sums: whether the channels are summed over; the product then needs them unless they are zero.
     """
 
     atoms: Tensor
@@ -75,11 +75,11 @@ class Product:
 
 
 class Tape:
-    """Collects what the rules find out; see the module's docstring."""
+    """Collects what the rules find out; the package's docstring explains the words."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 1  # atom 0 is FROZEN
-        self.ties: list[Tensor] = []  # (2, n) pairs that must have the same place
+        self.ties: list[Tensor] = []  # (2, n) pairs of atoms that stay or go together
         self.frozen: list[tuple[Tensor, str]] = []
         self.doubtful: list[tuple[Tensor, str]] = []  # safe only if sizes written into forward follow the channels
         self.resizes: list[Resize] = []  # sizes in attributes that have to follow the channels
@@ -92,13 +92,13 @@ class Tape:
         self.other_macs = 0  # of what no rule resizes
         self.row = torch.zeros(
             0, dtype=torch.long
-        )  # an atom of the first row that each atom is tied to; see `flexible`
+        )  # per atom: an atom of the first row that it is tied to, see `flexible`
 
     def mark(self) -> tuple[int, ...]:
         """Return a point to rewind to."""
         return (self.count, self.other_macs, *map(len, self._lists()))
 
-    def _lists(self) -> tuple[list, ...]:
+    def _lists(self) -> tuple[list[Any], ...]:
         return self.ties, self.frozen, self.doubtful, self.resizes, self.zeros, self.uses, self.products
 
     def rewind(self, mark: tuple[int, ...]) -> None:
@@ -117,7 +117,8 @@ class Tape:
     def tie(self, a: Tensor, b: Tensor) -> None:
         if a is b:
             return
-        a, b = torch.broadcast_tensors(a, b)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
         pairs = torch.stack((a.reshape(-1), b.reshape(-1)))
         self.ties.append(pairs[:, pairs[0] != pairs[1]])
 
@@ -128,7 +129,7 @@ class Tape:
         self.doubtful.append((atoms.reshape(-1), reason))
 
     def resize(self, size: Size, atoms: Tensor, reason: str) -> None:
-        """Let an attribute follow the number of these atoms; equal sizes count the same places."""
+        """Let an attribute follow the number of these atoms; where two sizes are one, their atoms are tied."""
         atoms = atoms.reshape(-1)
         for other in self.resizes:
             if other.size.made_of == size.made_of and other.size == size:
@@ -137,7 +138,7 @@ class Tape:
         self.resizes.append(Resize(size, atoms, reason))
 
     def rows(self, atoms: Tensor) -> Tensor:
-        """Return for every atom the one of the first row that stands for its place along the flexible axis."""
+        """Return for every atom the one of the first row that has the same position along the flexible axis."""
         if len(self.row) < self.count:
             self.row = torch.cat((self.row, torch.arange(len(self.row), self.count)))
         return self.row[atoms]
@@ -146,8 +147,8 @@ class Tape:
         """Return the axis along which channels may go; None where the atoms do not change.
 
         Atoms that change along several axes are tied so that they stay rectangular: along all of those axes but one
-        (`wanted`, by default the last, unless ties from before say otherwise) the same positions stay everywhere, so that
-        only one gets shorter.
+        (`wanted`, by default the last, unless earlier ties say otherwise) the same positions stay everywhere, so that
+        only one axis gets shorter.
         """
         axes = varying(atoms)
         if len(axes) < 2:
@@ -171,18 +172,17 @@ class Tape:
             self.row[flat] = flat[first[same]]
 
     def use(self, use: Use) -> None:
-        """Note a use; the atoms of a layer used before are tied to those of its first use."""
-        for other in self.uses:
-            if other.name == use.name:
-                self.tie(other.read, use.read)
-                self.tie(other.write, use.write)
-                if use.source is not None:
-                    self.tie(other.source, use.source)
-                break
+        """Note a use; the atoms of a layer that was used before are tied to those of its first use."""
+        first = next((other for other in self.uses if other.name == use.name), None)
+        if first is not None:
+            self.tie(first.read, use.read)
+            self.tie(first.write, use.write)
+            if first.source is not None and use.source is not None:
+                self.tie(first.source, use.source)
         self.uses.append(use)
 
     def derived(self, when: str, shape: Sequence[int], operands: Sequence[Tensor]) -> Tensor:
-        """Return new atoms tied to all operands, zero when `all` or `any` (or `never`) of them are."""
+        """Return new atoms tied to all operands; they are zero when `all` or `any` (or `never`) of the operands are."""
         out = self.fresh(shape)
         rows = [o.expand(out.shape).reshape(-1) for o in operands]
         for row in rows:
@@ -191,23 +191,3 @@ class Tape:
         if when != "never":
             self.zeros.append(Zero(when, out.view(-1), torch.stack(rows)))
         return out
-
-
-def compress(atoms: Tensor) -> Tensor:
-    """Shrink every axis along which the atoms do not change to size 1."""
-    for axis in range(atoms.ndim):
-        if atoms.shape[axis] > 1:
-            first = atoms.narrow(axis, 0, 1)
-            if atoms.stride(axis) == 0 or torch.equal(atoms, first.expand_as(atoms)):
-                atoms = first
-    return atoms
-
-
-def rows_along(atoms: Tensor, axis: int) -> Tensor:
-    """Return the atoms as a grid (rows, n) whose second axis is `axis`."""
-    return atoms.movedim(axis, -1).reshape(-1, atoms.shape[axis])
-
-
-def varying(atoms: Tensor) -> list[int]:
-    """Return the axes along which compact atoms change."""
-    return [axis for axis, size in enumerate(atoms.shape) if size > 1]

@@ -13,7 +13,7 @@ from torch import nn
 from slimming import checkpoint
 from slimming.channels.cost import Cost, widths
 from slimming.channels.layers import synchronise
-from slimming.channels.penalty import near_zero_share, other_norms, travel_budget
+from slimming.channels.penalty import max_shrinkage, near_zero_share, other_norms
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.data import ImageData
@@ -240,7 +240,7 @@ def _announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rat
         say("  maximum shrinkage: known for SGD only, not for this optimizer")
         return
     lr_sum = sum(rates.per_epoch) * _steps_per_epoch(data, trainer)
-    shrinkage, start = travel_budget(cfg.sparsity, lr_sum, rates.momentum), float(gammas.median())
+    shrinkage, start = max_shrinkage(cfg.sparsity, lr_sum, rates.momentum), float(gammas.median())
     say(
         f"  maximum shrinkage: the penalty alone can move a gamma by {shrinkage:.3g}; they start at {start:.3g} (median)"
     )

@@ -29,7 +29,7 @@ def _summary(result: Result, plan: PruningPlan) -> list[str]:
     share = {key: 1 - after[key] / before[key] for key in ("num_params", "macs")}
     lines = [
         f"channels: {got['removed']:,} of {got['candidates']:,} candidates removed, {got['ratio']:.1%} ({wanted}); "
-        f"{got['put_back']} restored by constraints, {got['followed']} more removed as dead",
+        f"{got['restored']} restored by constraints, {got['dead']} more removed as dead",
         f"parameters: {before['num_params']:,} -> {after['num_params']:,} (-{share['num_params']:.1%}); "
         f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M (-{share['macs']:.1%}){uncounted(before)}",
         f"activations of one image: {details['activation_bytes_before'] / 1e3:,.0f} -> "

@@ -1,0 +1,159 @@
+"""ChannelGraph: what `trace` returns and what makes plans."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimming.channels.criteria import Budget, Choice, Criterion
+from slimming.channels.graph import explain, writing
+from slimming.channels.graph.candidates import decided_together, trainable_gammas
+from slimming.channels.graph.deciding import Settling, make_choice, scores
+from slimming.channels.graph.liveness import Solution
+from slimming.channels.graph.remaining import count_cost, count_other_params
+from slimming.channels.graph.structure import Structure
+from slimming.channels.options import PlanOptions
+from slimming.channels.penalty import other_norms
+from slimming.channels.plan import PruningPlan, describe_network, fingerprint
+from slimming.errors import GraphError
+from slimming.options import check_options
+
+SELECTING = {"topk", "sort", "argsort", "argmax", "max", "nms", "torchvision::nms", "nonzero", "where"}
+SELECTING.add("_local_scalar_dense")  # operators that can select by score
+
+
+class ChannelGraph(Structure):
+    """The channels of a network: what is tied to what, what may go, and the plans for it.
+
+    Attributes:
+        model: the network.
+        norms: BatchNorms with scales, by name; their gammas are numbered in this order.
+        count: number of all gammas.
+        unknown: reasons for which something was frozen that is not understood.
+        train_reason: why train mode could not be watched; "" if it was.
+    """
+
+    def freezing(self, distrusted: list[tuple[Tensor, str]]) -> "ChannelGraph":
+        """Return the graph of the same network in which these atoms, with a reason each, must stay as well."""
+        return ChannelGraph(self.model, self.recording, distrusted)
+
+    def candidates(self, ties: str, ignore: Iterable[str] = ()) -> Tensor:
+        """Return which gammas may be chosen, (all gammas,) bool.
+
+        Apart: every trainable one. Together: those of a class that dies with them. Such a class is not frozen, no BatchNorm
+        reads it but one that is decided with it, and once all its gammas are pruned it is zero wherever a convolution or
+        linear layer reads it.
+
+        Raises:
+            ConfigError: a pattern to ignore that matches no BatchNorm.
+        """
+        trainable = trainable_gammas(self, ignore)
+        return trainable if ties == "apart" else decided_together(self, trainable)[0]
+
+    def scores(self, score: str, seed: int = 0) -> Tensor:
+        """Return a score per gamma, (all gammas,) float64: |gamma|, `random`, or `weight_l1` of the filter it scales.
+
+        Raises:
+            GraphError: a gamma is not finite.
+        """
+        return scores(self, score, seed)
+
+    def plan(self, criterion: Criterion, *, seed: int = 0, **options: Any) -> PruningPlan:
+        """Let a criterion choose, find everything that goes with its choice, and restore what the constraints want.
+
+        Args:
+            criterion: of slimming.channels.criteria.
+            seed: of score="random".
+            options: fields of PlanOptions, which says what they mean and allow.
+
+        Raises:
+            GraphError: nothing can be pruned, or a gamma is not finite.
+            ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
+        """
+        chosen = PlanOptions(**options)
+        check_options(chosen)
+        self._check_prunable()
+        free, classes = trainable_gammas(self, chosen.ignore), torch.arange(self.count)
+        if chosen.ties == "together":
+            free, classes = decided_together(self, free)
+        if not bool(free.any()):
+            raise GraphError("no BatchNorm scale can go: " + self._why_not())
+        values = self.scores(chosen.score, seed)
+        choice = make_choice(self, free, classes, values, chosen.reduce)
+        settling = Settling(self, values, choice, chosen)
+        if isinstance(criterion, Budget):
+            removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
+        else:
+            removed = criterion.choose(choice)
+        return self._write_plan(settling.outcome(removed), choice, removed, criterion)
+
+    def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, criterion: Criterion) -> PruningPlan:
+        layers = writing.layer_plans(self, solution)
+        got = writing.describe_outcome(choice, removed, solution) | self.cost_share(solution)
+        got["highest_score"] = float(choice.score[removed].max()) if bool(removed.any()) else None
+        return PruningPlan(
+            fingerprint=fingerprint(self.model),
+            network=describe_network(self.model),
+            spec=self.spec,
+            keep={n: p.outs for n, p in layers.items() if p.kind == "norm" and len(p.outs) < p.size[1]},
+            layers=layers,
+            asked=criterion.describe(),
+            got=got,
+            train_watched=not self.train_reason,
+            train_reason=self.train_reason,
+            attributes=writing.attribute_values(self, solution),
+            compare="layers" if any(r.split(" in ")[0] in SELECTING for r in self.unknown) else "outputs",
+        )
+
+    def cost_share(self, solution: Solution) -> dict[str, float]:
+        """Return {macs, params}: what remains, as shares of the dense network's."""
+        dense, thin = self.dense_cost, self._cost(solution.live, solution.kept)
+        return {k: thin[k] / max(1, dense[k]) for k in thin}
+
+    @functools.cached_property
+    def dense_cost(self) -> dict[str, int]:
+        """{macs, params} of the network as it is; macs of the whole example."""
+        return self._cost(None, None)
+
+    @functools.cached_property
+    def _other_params(self) -> int:
+        return count_other_params(self)
+
+    def _cost(self, live: Tensor | None, kept: Tensor | None) -> dict[str, int]:
+        counted = count_cost(self, live, kept)
+        return counted | {"params": counted["params"] + self._other_params}
+
+    def _check_prunable(self) -> None:
+        if self.norms:
+            return
+        frozen = [n for n, m in self.model.named_modules() if type(m).__name__.startswith("FrozenBatchNorm")]
+        if frozen:
+            raise GraphError(
+                f"the network's {len(frozen)} FrozenBatchNorm layers ({frozen[0]}, ...) have scales that do not train: "
+                "build it with BatchNorm (norm_layer=nn.BatchNorm2d) and train those with the penalty"
+            )
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+            raise GraphError(
+                "no BatchNorm of the network has scales and ran on the example input as a layer of its own"
+            )
+        instead = other_norms(self.model)
+        raise GraphError(
+            f"the network has no BatchNorm scales to choose by{instead and f' ({instead})'}: insert nn.BatchNorm2d after its "
+            "convolutions (before the activation) and train with the penalty"
+        )
+
+    def _why_not(self) -> str:
+        if not any(n.trainable for n in self.norms.values()):
+            return "all have requires_grad=False; set it to True and train with the penalty"
+        reasons = self.unknown[:3] or ["they are tied to inputs, outputs or layers without BatchNorm"]
+        return "; ".join(reasons) + "; try ties='apart'"
+
+    def shares(self) -> dict[str, Any]:
+        """Return how much of the network a plan can choose from; see explain.shares."""
+        return explain.shares(self)
+
+    def describe(self) -> str:
+        """Return a table for people: every BatchNorm, what may go, and what was frozen and why."""
+        return explain.describe(self)

@@ -1,0 +1,121 @@
+"""From scores to a choice, and from what a criterion chose to what the constraints restore."""
+
+import torch
+from torch import Tensor
+
+from slimming.channels.criteria import Choice
+from slimming.channels.graph.liveness import Solution, solve
+from slimming.channels.graph.structure import Structure
+from slimming.channels.options import PlanOptions
+from slimming.errors import GraphError
+
+
+def scores(graph: Structure, score: str, seed: int) -> Tensor:
+    """Return a score per gamma, (all gammas,) float64; see ChannelGraph.scores."""
+    gammas = torch.cat([n.module.weight.detach().abs().double().cpu() for n in graph.norms.values()])
+    if not bool(gammas.isfinite().all()):
+        name = next(name for name, n in graph.norms.items() if not bool(gammas[n.all].isfinite().all()))
+        raise GraphError(f"the scales of {name} are not finite: take a checkpoint from before that happened")
+    if score == "random":
+        return torch.rand(graph.count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gammas if score == "gamma" else _filter_mass(graph)
+
+
+def _filter_mass(graph: Structure) -> Tensor:
+    """Return for every gamma the L1 norm of all filters that write what it scales."""
+    mass = torch.zeros(graph.tape.count, dtype=torch.float64)
+    for name, step in graph.layers.items():
+        if step.use.kind in ("conv", "linear", "grouped", "transposed"):
+            own = graph.modules[name].weight if name in graph.modules else graph.model.get_parameter(name)
+            assert isinstance(own, Tensor)
+            weight, axis = own.detach().abs().double().cpu(), 1 if step.use.kind == "transposed" else 0
+            mass.index_add_(0, step.writes, weight.sum([i for i in range(weight.ndim) if i != axis]))
+    return torch.cat([mass[graph.layers[name].reads] for name in graph.norms])
+
+
+def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor, reduce: str) -> Choice:
+    """Gather candidates into units.
+
+    Args:
+        free: (all gammas,) bool, the candidates.
+        classes: (all gammas,) gammas of one class are one unit.
+        values: (all gammas,) scores.
+        reduce: `max` or `mean` of the scores of a unit.
+    """
+    gammas = free.nonzero().flatten()
+    _, unit = classes[gammas].unique(return_inverse=True)
+    # Units are numbered by their first gamma, so that equal scores keep the order of the layers.
+    first = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
+    unit = first.argsort().argsort()[unit]
+    score = torch.zeros(len(first), dtype=torch.float64).scatter_reduce(
+        0, unit, values[gammas], "amax" if reduce == "max" else "mean", include_self=False
+    )
+    return Choice(gammas, unit, score, unit.bincount(), graph.norm_of[gammas])
+
+
+class Settling:
+    """Restores channels, the strongest first, until the constraints hold and no layer has an empty side.
+
+    Args:
+        graph: the network.
+        values: (all gammas,) scores.
+        choice: what the criterion chose from.
+        options: holds the constraints.
+    """
+
+    def __init__(self, graph: Structure, values: Tensor, choice: Choice, options: PlanOptions) -> None:
+        self.graph, self.values, self.choice, self.options = graph, values, choice, options
+        self.unit_of = torch.full((graph.count,), -1)
+        self.unit_of[choice.gammas] = choice.unit
+        self.strength = self._strength()
+
+    def outcome(self, removed: Tensor) -> Solution:
+        """Return what stays when the units `removed` (U,) bool are asked to go."""
+        kept = torch.ones(self.graph.count, dtype=torch.bool)
+        kept[self.choice.gammas] = ~removed[self.choice.unit]
+        forced = torch.zeros(self.graph.tape.count, dtype=torch.bool)
+        while True:
+            solution = solve(self.graph, kept, forced)
+            if not self._restore_gammas(solution, kept, forced) and not self._restore_sides(solution, forced):
+                return solution
+
+    def _restore_gammas(self, solution: Solution, kept: Tensor, forced: Tensor) -> bool:
+        """Restore what the constraints want of every BatchNorm; return whether that was anything."""
+        short = False
+        counts = self.graph.count_gammas(solution.kept)
+        for name, norm in self.graph.norms.items():
+            missing = _wanted(norm.module.num_features, counts[name], self.options) - counts[name]
+            if missing > 0:
+                short = True
+                back = torch.where(solution.kept[norm.all], -1.0, self.values[norm.all]).topk(missing).indices
+                gammas = norm.start + back
+                units = self.unit_of[gammas]
+                kept[gammas] = True
+                kept[self.choice.gammas[torch.isin(self.choice.unit, units[units >= 0])]] = True
+                forced[self.graph.slots[gammas]] = True
+        return short
+
+    def _restore_sides(self, solution: Solution, forced: Tensor) -> bool:
+        """Force the strongest component of every side of which nothing lives to live; return whether there was any."""
+        short = False
+        for step, counts in zip(self.graph.steps, self.graph.count_sides(solution.live), strict=True):
+            for side, count in zip((step.reads, step.writes), counts, strict=True):
+                if step.use.kind != "norm" and not count:
+                    forced[side[self.strength[side].argmax()]] = True
+                    short = True
+        return short
+
+    def _strength(self) -> Tensor:
+        """Return the largest score of a gamma that writes or reads a component, (atoms,)."""
+        strength = torch.zeros(self.graph.tape.count, dtype=torch.float64)
+        for name, norm in self.graph.norms.items():
+            step = self.graph.layers[name]
+            for side in (step.writes, step.reads):
+                strength.scatter_reduce_(0, side, self.values[norm.all], "amax")
+        return strength
+
+
+def _wanted(size: int, have: int, options: PlanOptions) -> int:
+    """Return how many of `size` gammas the constraints want where `have` are kept."""
+    wanted = max(have, options.min_channels, size - int(options.max_layer_ratio * size + 1e-9))
+    return min(size, -(-wanted // options.round_to) * options.round_to)

@@ -1,0 +1,65 @@
+"""What goes when some gammas are pruned.
+
+1. Zero: atoms whose writers are all pruned BatchNorm channels are zero, and their readers can drop them.
+2. Live: backwards to a fixed point, a component lives if a live reader needs it.
+3. Everything that does not live goes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimming.channels.graph.structure import Step, Structure
+from slimming.channels.tape import CARRYING
+
+
+@dataclass
+class Solution:
+    """What stays: `live` (atoms,) bool per component, `kept` (all gammas,) bool: neither chosen nor dead."""
+
+    live: Tensor
+    kept: Tensor
+
+
+def zero_atoms(graph: Structure, kept: Tensor) -> Tensor:
+    """Return which atoms are zero, (atoms,) bool, when the gammas outside `kept` (all gammas,) bool are pruned."""
+    zero = torch.zeros(graph.tape.count, dtype=torch.bool)
+    for event in graph.tape.zeros:
+        if event.operands is not None:
+            rows = zero[event.operands]
+            zero[event.out] = rows.all(0) if event.when == "all" else rows.any(0)
+        else:
+            zero[event.out] = ~kept[graph.norms[event.layer].all] if event.when == "gamma" else True
+    return zero
+
+
+def needed_by_products(graph: Structure, zero: Tensor) -> Tensor:
+    """Return the components over which products of activations sum, unless they are zero."""
+    atoms = [product.atoms for product in graph.tape.products if product.sums]
+    summed = torch.cat(atoms) if atoms else torch.empty(0, dtype=torch.long)
+    return graph.component[summed[~zero[summed]]]
+
+
+def solve(graph: Structure, kept: Tensor, forced: Tensor) -> Solution:
+    """Find what lives when the gammas outside `kept` are pruned; `forced` (atoms,) bool components live in any case."""
+    zero = zero_atoms(graph, kept)
+    live = graph.frozen | forced
+    live[needed_by_products(graph, zero)] = True
+    pending = [step for step in reversed(graph.steps) if step.use.kind not in CARRYING]
+    before = -1
+    while before != (before := int(live.sum())):
+        pending = [step for step in pending if not _wake(step, live, zero, kept)]
+    return Solution(live, kept & live[graph.slots])
+
+
+def _wake(step: Step, live: Tensor, zero: Tensor, kept: Tensor) -> bool:
+    """Let what a step needs live, given what lives of its output; return whether it can need no more."""
+    use, reads, writes, norm = step
+    if use.kind == "norm":
+        live[reads[live[writes] if norm is None else live[writes] & kept[norm.all]]] = True
+        return False
+    if not bool(live[writes].any()):
+        return False
+    live[reads[~zero[use.read]]] = True
+    return True
