@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from exactness import randomise
 from torch import nn
 
 import slimming
 from slimming import models
+from slimming.channels import proof
 from slimming.channels.proof import mask, prove, relative_difference
 from slimming.errors import PlanError
 
@@ -27,8 +29,10 @@ class Net(nn.Module):
         return self.end(self.body(x))
 
 
-def thin(model):
-    plan = slimming.trace(model, torch.randn(2, 3, 8, 8)).plan(slimming.GlobalRatio(0.5))
+def thin(model, example=None):
+    plan = slimming.trace(model, torch.randn(2, 3, 8, 8) if example is None else example).plan(
+        slimming.GlobalRatio(0.5)
+    )
     return slimming.prune(model, plan, verify=False), plan
 
 
@@ -87,3 +91,29 @@ def test_relative_difference(value):
     for nothing in ([], [ONES[:0]]):
         with pytest.raises(PlanError, match="no float output to compare"):
             relative_difference(nothing, nothing)
+
+
+class LoudOnLargeInputs(nn.Sequential):
+    """Makes rounding large where its input is large, as attention does: sin(300,000 y^5)."""
+
+    def __init__(self):
+        layers = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(16, 4))
+
+    def forward(self, x):
+        return torch.sin(3e5 * super().forward(x) ** 5)
+
+
+def test_what_a_network_makes_of_rounding_is_no_difference(monkeypatch):
+    torch.manual_seed(0)
+    model = randomise(LoudOnLargeInputs()).eval()
+    small, plan = thin(model, torch.randn(1, 3, 16, 16).double())
+    weight = small[5].weight.detach()
+    small[5].weight.data = weight * (1 + 2**-50)  # as another order of the sums would
+    prove(model, small, plan)
+    with monkeypatch.context() as patched, pytest.raises(PlanError, match="differs from the masked one"):
+        patched.setattr(proof, "NOISE", 0)
+        prove(model, small, plan)
+    small[5].weight.data = weight * (1 + 1e-7)  # wrong
+    with pytest.raises(PlanError, match="differs from the masked one"):
+        prove(model, small, plan)

@@ -4,6 +4,7 @@ An example is a tensor, a tuple of arguments or a dict of keyword arguments, nes
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ def tensors_in(value: Any, depth: int = 0) -> list[Tensor]:
     if isinstance(value, list | tuple | set):
         return [t for item in value for t in tensors_in(item, depth + 1)]
     return []
+
+
+def map_floats(function: Callable[[Tensor], Tensor], example: Any) -> Any:
+    """Return an example input like the one given, with the function's result in the place of every tensor of floats."""
+    if isinstance(example, Tensor):
+        return function(example) if example.is_floating_point() else example
+    if isinstance(example, dict):
+        return {key: map_floats(function, value) for key, value in example.items()}
+    return type(example)(map_floats(function, v) for v in example) if isinstance(example, list | tuple) else example
 
 
 def repeat(example: Any) -> Any:
@@ -102,12 +112,3 @@ def draw_input(spec: Any, generator: torch.Generator, device: torch.device, dtyp
         if name in spec:
             return container(draw_input(v, generator, device, dtype) for v in spec[name])
     return spec["value"]
-
-
-def scaled(example: Any, scale: float) -> Any:
-    """Return an example input with all of its floats multiplied."""
-    if isinstance(example, Tensor):
-        return example * scale if example.is_floating_point() else example
-    if isinstance(example, dict):
-        return {k: scaled(v, scale) for k, v in example.items()}
-    return type(example)(scaled(v, scale) for v in example) if isinstance(example, list | tuple) else example
