@@ -14,7 +14,7 @@ from torch import nn
 
 import slimming
 from conftest import compose_config
-from slimming import checkpoint, models, ports
+from slimming import checkpoint, models, reference
 from slimming.channels.plan import fingerprint
 from slimming.errors import CheckpointError, ConfigError, PlanError
 from slimming.stages.fitting import resume_point
@@ -364,10 +364,10 @@ def test_an_archive_that_unpacks_to_more_than_itself(path):
         checkpoint.load(path.with_name("bomb"))
 
 
-# --- ports, plans, stages ---------------------------------------------------------------------------------------------
+# --- reference, plans, stages ---------------------------------------------------------------------------------------------
 
 
-def port(**changes):
+def reference_file(**changes):
     state = dense().state_dict() | changes
     return {"state_dict": {k: v for k, v in state.items() if v is not None}}
 
@@ -390,29 +390,29 @@ def port(**changes):
     ],
 )
 def test_a_hostile_port(changes, path):
-    torch.save(port(**changes), path)
+    torch.save(reference_file(**changes), path)
     with pytest.raises(OURS):
-        weights = ports.read(path)
-        ports.heads(weights)
-        ports.convert(weights, dense(), torch.zeros(1, 3, 8, 8), path)
+        weights = reference.read(path)
+        reference.io_shape(weights)
+        reference.convert(weights, dense(), torch.zeros(1, 3, 8, 8), path)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(15), torch.ones(2, 8), torch.zeros(0), torch.full((16,), 3.0)])
 def test_a_hostile_mask_of_a_port(mask, path):
     net = models.preresnet(depth=11, num_classes=3)
     torch.save({"state_dict": net.state_dict() | {"layer1.0.select.indexes": mask}}, path)
-    weights = ports.read(path)
+    weights = reference.read(path)
     if len(mask) == 16:  # any number but 0 keeps
-        ports.convert(weights, net, torch.zeros(1, 3, 8, 8), path)
+        reference.convert(weights, net, torch.zeros(1, 3, 8, 8), path)
         return
     with pytest.raises(OURS):
-        ports.convert(weights, net, torch.zeros(1, 3, 8, 8), path)
+        reference.convert(weights, net, torch.zeros(1, 3, 8, 8), path)
 
 
 def test_a_port_with_a_numbered_weight(path):
     torch.save({"state_dict": dense().state_dict() | {3: torch.zeros(1)}}, path)
     with pytest.raises(CheckpointError, match="no string"):
-        ports.read(path)
+        reference.read(path)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mutations import damaged_bytes, damaged_values
 from PIL import Image
 
 import slimming
-from slimming import checkpoint, models, ports
+from slimming import checkpoint, models, reference
 from slimming.channels.plan import PruningPlan
 from slimming.data import ImageFolder
 from slimming.errors import SlimmingError
@@ -187,7 +187,7 @@ def reports(folder: Path):
 
 
 @kind
-def port_checkpoints(folder: Path):
+def reference_checkpoints(folder: Path):
     torch.manual_seed(0)
     dense = models.build("vgg", depth=11, width=0.125, num_classes=10, in_channels=3)
     state = {f"module.{k}": v for k, v in dense.state_dict().items()}
@@ -202,11 +202,11 @@ def port_checkpoints(folder: Path):
             torch.save(content | {"state_dict": _odd_tensors(state, pick)}, path)
 
         def read():
-            weights = ports.read(path)
+            weights = reference.read(path)
             if weights is not None:
-                heads = ports.heads(weights)
+                heads = reference.io_shape(weights)
                 fresh = models.build("vgg", depth=11, width=0.125, num_classes=10, in_channels=3)
-                ports.convert(weights, fresh, torch.zeros(1, heads["in_channels"], 32, 32), path)
+                reference.convert(weights, fresh, torch.zeros(1, heads["in_channels"], 32, 32), path)
 
         return read
 

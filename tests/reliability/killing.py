@@ -19,12 +19,12 @@ import lightning.pytorch
 import torch
 from torchvision import models as zoo
 
-import slimming.ports
+import slimming.reference
 import slimming.report.figures
 import slimming.stages
 
 ROOT = Path(__file__).parents[2]
-IMPORTED = (lightning.pytorch, zoo, slimming.ports, slimming.report.figures, slimming.stages)
+IMPORTED = (lightning.pytorch, zoo, slimming.reference, slimming.report.figures, slimming.stages)
 SMALL = ["model=vgg11", "model.widths=[4,M,6]", "data=digits", "data.image_size=8", "data.crop=1"]
 SMALL += ["trainer.limit_train_batches=4", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
 TRAIN = [*SMALL, "trainer.max_epochs=40", "sparsity=0.01"]

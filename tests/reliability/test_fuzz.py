@@ -11,7 +11,7 @@ from records import record
 
 HERE = Path(__file__).parent
 COMPLETE = {"checkpoints": 400, "archives": 150, "plans": 600, "plans_applied": 150, "results": 500, "reports": 40}
-COMPLETE |= {"port_checkpoints": 250, "image_folders": 200, "caches": 200, "metrics": 100}
+COMPLETE |= {"reference_checkpoints": 250, "image_folders": 200, "caches": 200, "metrics": 100}
 SAMPLE = {name: max(10, count // 20) for name, count in COMPLETE.items()}
 
 

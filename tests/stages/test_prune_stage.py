@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import port_networks as port
+import reference_networks as reference_net
 import slimming
 from conftest import ROOT, SMALL, compose_config
 from slimming import checkpoint, stages
@@ -255,7 +255,7 @@ def own_network(width: int, num_classes: int = 10, in_channels: int = 1):
 
 def test_a_port_with_data_and_without(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    theirs = port.shake(port.ResNet(20, pruned=True))
+    theirs = reference_net.shake(reference_net.ResNet(20, pruned=True))
     path = tmp_path / "pruned.pth.tar"
     torch.save({"cfg": [], "state_dict": theirs.state_dict()}, path)
     model = ("model=preresnet20", "latency_batch=0")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimming import checkpoint, ports
+from slimming import checkpoint, reference
 from slimming.checkpoint import Checkpoint
 from slimming.config import PruneConfig
 from slimming.data import ImageData
@@ -47,7 +47,7 @@ def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
         CheckpointError: no checkpoint of ours nor of a known reference implementation.
         DataError: the data are not there.
     """
-    weights = ports.read(cfg.checkpoint)
+    weights = reference.read(cfg.checkpoint)
     if weights is not None:
         return _load_reference(cfg, weights)
     saved = checkpoint.read(cfg.checkpoint)
@@ -67,7 +67,7 @@ def _load_ours(cfg: PruneConfig, saved: Checkpoint) -> tuple[Source, ImageData |
 
 def _load_reference(cfg: PruneConfig, weights: dict[str, torch.Tensor]) -> tuple[Source, ImageData | None]:
     data = _load_data(cfg, cfg.data, "data=cifar10 or another")
-    io_shape = ports.heads(weights)
+    io_shape = reference.io_shape(weights)
     _check_classes(cfg, data, io_shape)
     given = _given_network(cfg, io_shape)
     if given is None:
@@ -76,7 +76,7 @@ def _load_reference(cfg: PruneConfig, weights: dict[str, torch.Tensor]) -> tuple
             "give model=vgg19, model=preresnet164, model=densenet40 (there: model.init_channels=24) ..."
         )
     example = torch.zeros(1, io_shape["in_channels"], REFERENCE_SIZE, REFERENCE_SIZE)
-    model, plans = ports.convert(weights, given, example, cfg.checkpoint)
+    model, plans = reference.convert(weights, given, example, cfg.checkpoint)
     record = Record(model_spec(cfg.model, io_shape), [p.to_dict() for p in plans], "prune", {"data": cfg.data})
     record.data = data.statistics() if data else io_shape | {"image_size": REFERENCE_SIZE}
     return Source(model, record), data

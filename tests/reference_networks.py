@@ -1,4 +1,4 @@
-"""Networks as the public PyTorch ports of Network Slimming define them, pruned in their way; written anew from their layout."""
+"""Networks as the reference implementations in PyTorch define them, pruned in their way; written anew from their layout."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Checkpoints of the public PyTorch ports give the same outputs as the ports' own networks."""
+"""Checkpoints of the public PyTorch reference give the same outputs as the reference' own networks."""
 
 import math
 import pickle
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import port_networks as port
-from slimming import models, ports
+import reference_networks as reference_net
+from slimming import models, reference
 from slimming.channels.layers import SelectBatchNorm
 from slimming.channels.surgery import prune
 from slimming.errors import CheckpointError
@@ -16,12 +16,12 @@ from slimming.errors import CheckpointError
 WIDTHS = [49, 64, "M", 128, 128, "M", 256, 256, 249, 208, "M", 116, 38, 18, 8, "M", 14, 9, 16, 94]
 CASES = {
     "vgg19": (
-        lambda pruned: port.VGG(WIDTHS if pruned else models.vgg.__globals__["WIDTHS"][19]),
+        lambda pruned: reference_net.VGG(WIDTHS if pruned else models.vgg.__globals__["WIDTHS"][19]),
         lambda: models.vgg(),
     ),
-    "resnet": (lambda pruned: port.ResNet(20, pruned), lambda: models.preresnet(depth=20)),
+    "resnet": (lambda pruned: reference_net.ResNet(20, pruned), lambda: models.preresnet(depth=20)),
     "densenet": (
-        lambda pruned: port.DenseNet(22, 12, pruned),
+        lambda pruned: reference_net.DenseNet(22, 12, pruned),
         lambda: models.densenet(depth=22, growth=12, init_channels=24),
     ),
 }
@@ -32,15 +32,15 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_same_outputs(name, pruned, prefix, tmp_path):
     torch.manual_seed(0)
-    theirs = port.shake(CASES[name][0](pruned)).double()
+    theirs = reference_net.shake(CASES[name][0](pruned)).double()
     path = tmp_path / "model_best.pth.tar"
     state = {prefix + k: v for k, v in theirs.state_dict().items()}
     torch.save({"cfg": [1], "epoch": 3, "best_prec1": torch.tensor(0.93), "state_dict": state}, path)
-    weights = ports.read(path)
-    assert ports.heads(weights) == {"num_classes": 10, "in_channels": 3}
+    weights = reference.read(path)
+    assert reference.io_shape(weights) == {"num_classes": 10, "in_channels": 3}
     dense = CASES[name][1]().double()
     example = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
-    ours, plans = ports.convert(weights, dense, example, path)
+    ours, plans = reference.convert(weights, dense, example, path)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = theirs(images)
     assert float((ours(images) - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
@@ -62,9 +62,9 @@ def test_same_outputs(name, pruned, prefix, tmp_path):
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
 def test_numpy_scalars_of_older_ports_are_read(kind, tmp_path):
     path = tmp_path / "old.pth.tar"
-    state = port.VGG([4, "M", 4]).state_dict()
+    state = reference_net.VGG([4, "M", 4]).state_dict()
     torch.save({"best_prec1": kind(3), "state_dict": state}, path, _use_new_zipfile_serialization=False)
-    assert ports.read(path).keys() == state.keys()
+    assert reference.read(path).keys() == state.keys()
 
 
 class Evil:
@@ -74,18 +74,18 @@ class Evil:
 
 def test_code_beside_the_weights_is_refused(tmp_path):
     path = tmp_path / "evil.pth.tar"
-    torch.save({"state_dict": port.VGG([4]).state_dict(), "args": Evil()}, path)
+    torch.save({"state_dict": reference_net.VGG([4]).state_dict(), "args": Evil()}, path)
     with pytest.raises(CheckpointError, match="could run code"):
-        ports.read(path)
+        reference.read(path)
     path.write_bytes(pickle.dumps({"state_dict": Evil()}))
     with pytest.raises(CheckpointError):
-        ports.read(path)
+        reference.read(path)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {"a": 1}}, {"state_dict": {"a.weight": torch.zeros(2)}}, [1], {}])
 def test_other_files_are_not_taken_for_a_port(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    assert ports.read(tmp_path / "x.pt") is None
+    assert reference.read(tmp_path / "x.pt") is None
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,6 @@ def test_other_files_are_not_taken_for_a_port(content, tmp_path):
     ],
 )
 def test_another_network_is_named(dense, words, tmp_path):
-    weights = port.VGG(WIDTHS).state_dict()
+    weights = reference_net.VGG(WIDTHS).state_dict()
     with pytest.raises(CheckpointError, match=words):
-        ports.convert(weights, dense(), torch.zeros(1, 3, 32, 32), "x.pth.tar")
+        reference.convert(weights, dense(), torch.zeros(1, 3, 32, 32), "x.pth.tar")

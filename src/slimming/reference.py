@@ -1,4 +1,4 @@
-"""Checkpoints of the public PyTorch ports of Network Slimming: VGG, pre-activation ResNet and DenseNet, dense or pruned.
+"""Checkpoints of the reference implementations in PyTorch: VGG, pre-activation ResNet and DenseNet, dense or pruned.
 
 Such a file is {"state_dict": ..., "cfg": ...} with the layer names of `slimming.models`, some below `module.`. A pruned
 ResNet or DenseNet keeps its BatchNorms whole and picks channels behind them by a 0/1 vector `<block>.select.indexes`.
@@ -25,10 +25,10 @@ SELECT = "select.indexes"
 
 
 def read(path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """Return the weights of a port's checkpoint without `module.`, None if it is not one.
+    """Return the weights of such a checkpoint without `module.`, None if the file is not one.
 
-    Older ports keep their best accuracy as a numpy scalar beside the weights; its three constructors are allowed on top of
-    what weights_only allows, because they build numbers only.
+    Older ones keep the best accuracy as a numpy scalar beside the weights; its three constructors are allowed on top of what
+    weights_only allows, because they build numbers only.
 
     Raises:
         CheckpointError: missing, damaged, holding code (which is not run), or tensors that are not what they claim.
@@ -48,8 +48,8 @@ def read(path: str | os.PathLike) -> dict[str, Tensor] | None:
     return weights
 
 
-def heads(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return {num_classes, in_channels} of a port's network: of its last linear and its first convolutional weight.
+def io_shape(weights: dict[str, Tensor]) -> dict[str, int]:
+    """Return {num_classes, in_channels} of the network: from its last linear and its first convolutional weight.
 
     Raises:
         CheckpointError: it has none.
@@ -57,12 +57,12 @@ def heads(weights: dict[str, Tensor]) -> dict[str, int]:
     matrices = [w for w in weights.values() if w.ndim == 2]
     filters = [w for w in weights.values() if w.ndim == 4]
     if not matrices or not filters:
-        raise CheckpointError("the port's checkpoint is malformed: it lacks a linear or a convolutional weight")
+        raise CheckpointError("the checkpoint is malformed: it lacks a linear or a convolutional weight")
     return {"num_classes": len(matrices[-1]), "in_channels": filters[0].shape[1]}
 
 
 def convert(weights: dict[str, Tensor], dense: nn.Module, example: Tensor, path: str | os.PathLike):
-    """Return (network, plans): a port's network, thin if it was pruned, and the plans that lead to it from `dense`.
+    """Return (network, plans): the file's network, thin if it was pruned, and the plans that lead to it from `dense`.
 
     Args:
         weights: as `read` gives them.
@@ -91,11 +91,11 @@ class _Given(Criterion):
         return ~torch.cat(self.kept)[choice.gammas]
 
     def describe(self) -> dict:
-        return {"criterion": "as the port pruned it"}
+        return {"criterion": "as the reference implementation pruned it"}
 
 
 def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike) -> dict[str, Tensor]:
-    """Write a port's weights into the dense network, zeros elsewhere; return the kept channels of every BatchNorm."""
+    """Write a file's weights into the dense network, zeros elsewhere; return the kept channels of every BatchNorm."""
     own = dense.state_dict()
     chosen = {k[: -len(SELECT)]: w.bool() for k, w in weights.items() if k.endswith(SELECT)}
     if odd := [k for k, w in chosen.items() if w.ndim != 1]:
@@ -111,11 +111,11 @@ def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike
             target, value = own[f"{name}.{key}"], weights.get(f"{name}.{key}")
             if value is None or (value.ndim == 0 and target.ndim == 0):
                 continue
-            axes = _places(name, module, value, chosen)
+            axes = _positions(name, module, value, chosen)
             if not _fits(value, axes, target):
                 raise CheckpointError(
                     f"{path} is of another network than model=...: {name}.{key} is {tuple(value.shape)} there, "
-                    f"{tuple(target.shape)} in the dense network (DenseNet ports: model.init_channels=24)"
+                    f"{tuple(target.shape)} in the dense network (DenseNet: model.init_channels=24)"
                 )
             target.fill_(1 if key == "running_var" else 0)
             target[np.ix_(*axes)] = value.to(target.dtype)
@@ -131,8 +131,8 @@ def _embed(weights: dict[str, Tensor], dense: nn.Module, path: str | os.PathLike
     return kept
 
 
-def _places(name: str, module: nn.Module, value: Tensor, chosen: dict[str, Tensor]) -> list[np.ndarray]:
-    """Return where along each axis of the dense tensor a port's tensor belongs."""
+def _positions(name: str, module: nn.Module, value: Tensor, chosen: dict[str, Tensor]) -> list[np.ndarray]:
+    """Return where along each axis of the dense tensor a file's tensor belongs."""
     axes = [np.arange(n) for n in value.shape]
     reader = name.rpartition(".")[2] in ("conv1", "fc") and not (name == "conv1" and value.ndim == 4)
     if value.ndim > 1 and reader and _block(name) in chosen:
@@ -141,7 +141,7 @@ def _places(name: str, module: nn.Module, value: Tensor, chosen: dict[str, Tenso
 
 
 def _fits(value: Tensor, axes: list[np.ndarray], target: Tensor) -> bool:
-    """Return whether a port's tensor has a place for every number, along every axis of the dense tensor."""
+    """Return whether a file's tensor has a position for every number, along every axis of the dense tensor."""
     return value.ndim == target.ndim and all(
         len(axis) == size and size > 0 and int(axis.max()) < n
         for axis, size, n in zip(axes, value.shape, target.shape, strict=True)
