@@ -43,7 +43,7 @@ def run(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> float:
                     given = settled(_trainer(cfg), out / LAST)["precision"]
                     cfg = dataclasses.replace(cfg, trainer=cfg.trainer | {"precision": given})
                 job = {"stage": stage, "schema": type(cfg).__name__, "config": plain(cfg), "out": str(out)}
-                launcher.spawn(job, processes)
+                launcher.start_ranks(job, processes)
         if processes == 1:
             return DISTRIBUTED[stage](cfg, out)
         result = finished(out)
@@ -62,8 +62,8 @@ def _failure_recorded(out: Path, stage: str) -> Iterator[None]:
 
 
 def serve(place: Path) -> None:
-    """Be one rank of the job that `launcher.spawn` has described in the folder `place`."""
-    launcher.serve(place, work)
+    """Be one rank of the job that `launcher.start_ranks` has described in the folder `place`."""
+    launcher.run_rank(place, work)
 
 
 def work(job: dict) -> None:
