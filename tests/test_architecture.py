@@ -22,7 +22,7 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "untrusted": set(),
     "checkpoint": {"channels", "models", "records", "untrusted"},
     "reference": {"channels", "checkpoint", "untrusted"},
-    "training": {"channels", "checkpoint"},
+    "training": {"channels", "checkpoint", "records"},
     "config": {"channels", "folders", "ranks"},
     "folders": {"ranks"},
     "ranks": set(),

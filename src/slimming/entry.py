@@ -112,7 +112,7 @@ def _tidy(out: Path) -> None:
             folder.rmdir()
 
 
-if __name__ == "__main__":  # a rank that `launcher.spawn` has started
+if __name__ == "__main__":  # a rank that `launcher.start_ranks` has started
     from slimming.stages.running import run_rank
 
     run_rank(Path(sys.argv[1]))

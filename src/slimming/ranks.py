@@ -36,7 +36,7 @@ def _store():
 
 
 def started_externally() -> bool:
-    """Return whether torchrun, srun or `spawn` started this process as one of several."""
+    """Return whether torchrun, srun or `start_ranks` started this process as one of several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
     return several and any(key in os.environ for key in ("LOCAL_RANK", "SLURM_PROCID"))
 

@@ -287,7 +287,7 @@ def test_how_torchrun_lays_out_devices(monkeypatch):
 def test_a_job_survives_its_description(tmp_path, monkeypatch):
     """What `run` writes down for the ranks is what they get."""
     seen = []
-    monkeypatch.setattr(launcher, "spawn", lambda job, n: seen.append((json.loads(json.dumps(job)), n)))
+    monkeypatch.setattr(launcher, "start_ranks", lambda job, n: seen.append((json.loads(json.dumps(job)), n)))
     cfg = compose_config(*SMALL, *TWO, "penalty.layers=[feature.*]")
     stages.run_on_devices("train", cfg, tmp_path)
     monkeypatch.setitem(running.DISTRIBUTED, "train", lambda c, out: seen.append((c, out)))

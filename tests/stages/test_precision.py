@@ -112,7 +112,7 @@ def test_pruning_and_fine_tuning_take_auto(small, machine, tmp_path):
 def test_ranks_are_told_the_settled_value(machine, tmp_path, monkeypatch, capsys):
     seen = []
     machine("amx_bf16")
-    monkeypatch.setattr(launcher, "spawn", lambda job, n: seen.append(job["config"]["trainer"]["precision"]))
+    monkeypatch.setattr(launcher, "start_ranks", lambda job, n: seen.append(job["config"]["trainer"]["precision"]))
     monkeypatch.setattr(running, "_processes", lambda trainer: 2)
     stages.run_on_devices("train", compose_config(*SMALL, AUTO), tmp_path)
     assert seen == ["bf16-mixed"] and capsys.readouterr().out.count("precision=auto") == 1

@@ -85,12 +85,12 @@ def test_ranks_are_refused_as_their_class_of_error_says(tmp_path, monkeypatch):
     """An error of a rank comes back as what it was, so that a refusal is not written over another run's record."""
     (tmp_path / "result.json").write_text("{}")
 
-    def spawn(job, processes):
+    def start_ranks(job, processes):
         told = {"rank": 0, "time": 0, "kind": "ours", "class": "RunDirectoryError", "message": "taken", "traceback": ""}
         (tmp_path / "error-0.json").write_text(json.dumps(told))
         launcher._raise_first(tmp_path, [1, None])
 
-    monkeypatch.setattr(launcher, "spawn", spawn)
+    monkeypatch.setattr(launcher, "start_ranks", start_ranks)
     monkeypatch.setattr(running, "_processes", lambda trainer: 2)
     with pytest.raises(RunDirectoryError, match="taken"):
         stages.run_on_devices("train", compose_config(*SMALL), tmp_path)

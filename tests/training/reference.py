@@ -6,6 +6,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from slimming.data import Digits
+from slimming.data.sampler import TensorImages
 from slimming.training.module import SlimmingModule
 
 SPARSITY = 0.05
@@ -57,17 +58,30 @@ def fit(
     module = kind(model, 10, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-3), sparsity=SPARSITY)
     if scaler is not None:
         kwargs["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
-    trainer = pl.Trainer(
-        max_epochs=1,
-        limit_train_batches=steps,
-        limit_val_batches=0,
+    trainer = make_trainer(limit_train_batches=steps, limit_val_batches=0, **kwargs)
+    trainer.fit(module, datamodule=Digits(image_size=8, batch_size=32))
+    return module
+
+
+def evaluate(count: int, **kwargs) -> dict[str, float]:
+    """Return loss and accuracy of an untrained network on the first `count` test images, and how many were counted."""
+    torch.manual_seed(0)
+    module = SlimmingModule(Net(), 10, lambda p: torch.optim.SGD(p, 0.1))
+    data = Digits(image_size=8, eval_batch_size=64)
+    data.setup()
+    test = data.splits["test"]
+    data.splits["test"] = TensorImages(test.images[:count], test.labels[:count])
+    (found,) = make_trainer(**kwargs).test(module, datamodule=data, verbose=False)
+    return found | {"count": module.evaluated["test"]}
+
+
+def make_trainer(**kwargs) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **({"devices": 1} | kwargs),
+        **({"devices": 1, "max_epochs": 1} | kwargs),
     )
-    trainer.fit(module, datamodule=Digits(image_size=8, batch_size=32))
-    return module

@@ -1,12 +1,13 @@
 """on_after_backward equals autograd of loss + sparsity * sum |gamma| in every setting of the Trainer."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from reference import SPARSITY, InLoss, fit
+from reference import SPARSITY, InLoss, evaluate, fit
 
 from slimming.training.module import SlimmingModule
 
@@ -96,6 +97,11 @@ def test_two_ranks(accumulate, tmp_path):
     other = load("SlimmingModule", 1)
     assert all(torch.equal(ours[k], other[k]) for k in ours if k.endswith(("weight", "bias")))
     assert not torch.equal(ours["bn1.running_mean"], other["bn1.running_mean"]), "the ranks saw the same images"
+    for count in (359, 3):  # every image counts once, also where the ranks have unequal numbers of them
+        found = json.loads((tmp_path / f"evaluated_{count}.json").read_text())
+        alone = evaluate(count)
+        assert found["test/loss"] == pytest.approx(alone.pop("test/loss"), rel=1e-6)
+        assert {key: found[key] for key in alone} == alone and found["count"] == count
 
 
 def test_without_sparsity_gammas_are_not_pulled():

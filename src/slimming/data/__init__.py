@@ -4,6 +4,6 @@ from slimming.data.base import ImageData
 from slimming.data.digits import Digits
 from slimming.data.image_folder import ImageFolder
 from slimming.data.imagenet import ImageNet
-from slimming.data.official import CIFAR10, CIFAR100, MNIST, SVHN
+from slimming.data.torchvision_data import CIFAR10, CIFAR100, MNIST, SVHN
 
 __all__ = ["CIFAR10", "CIFAR100", "MNIST", "SVHN", "Digits", "ImageData", "ImageFolder", "ImageNet"]

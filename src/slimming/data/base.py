@@ -27,11 +27,11 @@ class ImageData(LightningDataModule):
         mean, std: per channel, in [0, 1].
         flips: whether a mirrored image is still of its class.
         collate: makes a batch of what the data set gives; here that is one already.
-        numbers_epochs: as in EpochSampler.
+        index_by_epoch: as in EpochSampler.
     """
 
     collate = staticmethod(_as_is)
-    numbers_epochs = False
+    index_by_epoch = False
 
     num_classes: int
     in_channels: int
@@ -57,7 +57,8 @@ class ImageData(LightningDataModule):
             val_size: training images held out, stratified: a share in (0, 1), a number >= 1, or 0 for none.
             augment: crop and, where the data allow it, flip the training images.
             crop: pixels of padding before a random crop; 0 crops nothing.
-            pad: colour of that padding, `mean` (0 after normalisation: the original code) or `black` (the ports).
+            pad: colour of that padding, `mean` (0 after normalisation: the original code) or `black` (the PyTorch reference
+                implementations).
             seed: of the order of the training images and of their augmentation.
         """
         super().__init__()
@@ -131,14 +132,13 @@ class ImageData(LightningDataModule):
             )
         size = batch_size // world if shuffle else batch_size
         sampler = EpochSampler(len(self.splits[split]), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world)
-        sampler.numbers_epochs = self.numbers_epochs
-        # A last batch of one image has no variance for BatchNorm to normalise with.
-        lonely = shuffle and len(sampler) % size == 1
+        sampler.index_by_epoch = self.index_by_epoch
+        last_is_one_image = shuffle and len(sampler) % size == 1  # no variance for BatchNorm to normalise with
         return DataLoader(
             self.splits[split],
             size,
             sampler=sampler,
-            drop_last=lonely,
+            drop_last=last_is_one_image,
             collate_fn=self.collate,
             num_workers=self.workers(),
             pin_memory=torch.cuda.is_available(),
@@ -154,7 +154,7 @@ class ImageData(LightningDataModule):
         torch.manual_seed(mix(self.seed, epoch, self.trainer.global_rank + 1))
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
-        images, labels = batch
+        images, labels = batch  # uint8 (N, C, H, W), (N,)
         if self.trainer is None:
             return self.transform(images), labels
         images = self.transform(images, augment=self.augment and self.trainer.training)
@@ -171,11 +171,11 @@ class ImageData(LightningDataModule):
         return images
 
     def training_batches(self, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield `count` batches of training images as a training sees them, the same ones each time."""
+        """Yield `count` batches (N, C, H, W) of training images as a training sees them, the same ones each time."""
         loader = self.train_dataloader()
         for number in range(count):
-            epoch, place = divmod(number, len(loader))
-            if place == 0:
+            epoch, position = divmod(number, len(loader))
+            if position == 0:
                 torch.manual_seed(mix(self.seed, epoch))
                 loader.sampler.set_epoch(epoch)
                 batches = iter(loader)

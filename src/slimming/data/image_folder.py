@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from slimming.data.base import ImageData, split_off
+from slimming.data.image_files import list_images, open_image
 from slimming.errors import DataError, check_choice, check_number
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 CACHE_FORMAT = 1
 PARTS = ("train", "test")
 
@@ -42,19 +41,16 @@ class ImageFolder(ImageData):
             mean, std: per channel, in [0, 1], to normalise by; None: those of the training images.
 
         Raises:
-            DataError: no such folder, fewer than two classes, a class without images, parts with other classes.
+            DataError: as `list_images`.
         """
         super().__init__(**kwargs)
         check_choice("data.flips", flips, (True, False))
-        if root is None:
-            raise DataError("data.root must name a folder that holds train/<class>/ and test/<class>/")
-        self.root, self.flips = Path(root), flips
-        self.files = {part: list_images(self.root / part) for part in PARTS}
-        self.classes = sorted(self.files["train"])
-        _check_classes(self.root, self.files)
+        self.flips = flips
+        self.classes, listings = list_images(root, PARTS)
+        self.root, self.listed = Path(root), dict(zip(PARTS, listings, strict=True))
         self.num_classes = len(self.classes)
         if image_size is None:
-            image_size = min(open_image(self.files["train"][self.classes[0]][0]).size)
+            image_size = min(open_image(self.listed["train"].paths()[0]).size)
             self.resize = False
         else:
             check_number("data.image_size", image_size, 1, whole=True)
@@ -82,7 +78,7 @@ class ImageFolder(ImageData):
         part = "train" if train else "test"
         try:
             images, labels, moments = self._read(part)
-        except Exception:  # a cache of the user's disk trouble, or without moments: decode again
+        except Exception:  # the cache is damaged, or of an older version without moments: decode again
             self._fill(part)
             images, labels, moments = self._read(part)
         if train:
@@ -90,13 +86,13 @@ class ImageFolder(ImageData):
         return images, labels
 
     def _read(self, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Read the cache; an exception of any kind if it is not, to the last bit, what `_fill` has written."""
+        """Read (images, labels, moments) as `_fill` has written them; an exception of any kind if a bit is different."""
         path, side = self._cache(part), self.image_size
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load looks at no checksum
                 raise DataError(f"{path} is damaged")
         data = torch.load(path, weights_only=True)
-        labels = torch.tensor([i for i, name in enumerate(self.classes) for _ in self.files[part][name]])
+        labels = torch.from_numpy(self.listed[part].labels)
         n, channels = len(labels), self.in_channels
         kinds = {"images": ((n, channels, side, side), torch.uint8), "moments": ((n, 2, channels), torch.float64)}
         if not torch.equal(data["labels"], labels) or any(
@@ -107,25 +103,25 @@ class ImageFolder(ImageData):
         return data["images"], data["labels"], data["moments"]
 
     def _measure(self, moments: torch.Tensor) -> None:
+        """Normalise by the mean and deviation of images with these moments (N, 2, C), unless others are given."""
         mean, square = moments.mean(0)
         found = {"mean": mean.tolist(), "std": (square - mean**2).clamp_min(1e-6).sqrt().tolist()}
         self.normalise_by(**{key: self.given[key] or value for key, value in found.items()})
 
     def _cache(self, part: str) -> Path:
+        """Return the file of a part's decoded images, named by a digest of what it depends on."""
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self.image_size} {self.resize}".encode())
-        for name in self.classes:
-            for file in self.files[part][name]:
-                try:
-                    stat = file.stat()
-                except OSError as error:
-                    raise DataError(f"{file} cannot be read ({error}): mend or remove it") from error
-                digest.update(f"{name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for file in self.listed[part].paths():
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise DataError(f"{file} cannot be read ({error}): mend or remove it") from error
+            digest.update(f"{file.parent.name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return self.cache_dir / f"{part}-{digest.hexdigest()[:20]}.pt"
 
     def _fill(self, part: str) -> None:
-        pairs = [(file, label) for label, name in enumerate(self.classes) for file in self.files[part][name]]
-        images = decode([file for file, _ in pairs], self.image_size, self.resize, part)
-        content = {"images": images, "labels": torch.tensor([label for _, label in pairs])}
+        images = decode(self.listed[part].paths(), self.image_size, self.resize, part)  # (N, 3, S, S)
+        content = {"images": images, "labels": torch.from_numpy(self.listed[part].labels)}
         content["moments"] = torch.cat([_moments(chunk) for chunk in images.split(256)])
         path = self._cache(part)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,43 +134,6 @@ class ImageFolder(ImageData):
             raise DataError(f"the image cache {path} cannot be written ({error}): set data.cache_dir") from error
 
 
-def list_images(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of every class folder, sorted.
-
-    Raises:
-        DataError: no such folder.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"data.root: {folder} is not there; the layout is <root>/train/<class>/ and <root>/test/<class>/"
-        )
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return {c.name: sorted(f for f in c.iterdir() if f.suffix.lower() in EXTENSIONS) for c in classes}
-
-
-def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
-    train, test = (set(files[part]) for part in PARTS)
-    if train != test:
-        raise DataError(
-            f"data.root={root}: train and test must hold the same classes; only in train: {sorted(train - test)}, "
-            f"only in test: {sorted(test - train)}"
-        )
-    if len(train) < 2:
-        raise DataError(f"data.root={root}: at least two classes are needed, found {sorted(train)} in {root}/train")
-    empty = [f"{part}/{name}" for part in PARTS for name, found in files[part].items() if not found]
-    if empty:
-        raise DataError(f"data.root={root}: no images ({', '.join(sorted(EXTENSIONS))}) in {', '.join(empty)}")
-
-
-def open_image(file: Path) -> Image.Image:
-    """Open an image as RGB; DataError if it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # a broken file can raise nearly anything in a decoder
-        raise DataError(f"{file} cannot be read as an image ({error}): mend or remove it") from error
-
-
 class _Decoded(Dataset):
     def __init__(self, files: list[Path], size: int, resize: bool):
         self.files, self.size, self.resize = files, size, resize
@@ -183,7 +142,7 @@ class _Decoded(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        """Return (3, S, S) uint8 and "", or zeros and what is wrong: an exception would lose its type on the way."""
+        """Return (3, S, S) uint8 and "", or zeros and what is wrong: an exception from a worker would lose its type."""
         from torchvision.transforms.v2 import functional as T
 
         try:

@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from slimming.data.base import ImageData, split_off
-from slimming.data.image_folder import EXTENSIONS, open_image
+from slimming.data.image_files import Listing, list_images, open_image
 from slimming.data.sampler import mix
-from slimming.errors import DataError, check_number
+from slimming.errors import check_number
 
 
 class FileImages(Dataset):
-    """Images decoded when asked for; file names are one array of bytes, which worker processes share without copying.
+    """Images decoded when they are asked for.
 
     An item's number is epoch * n + index, so that its augmentation is a function of seed, epoch and image.
     """
@@ -54,7 +54,7 @@ class ImageNet(ImageData):
     """
 
     collate = staticmethod(default_collate)
-    numbers_epochs = True
+    index_by_epoch = True
     in_channels = 3
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -72,21 +72,16 @@ class ImageNet(ImageData):
             num_workers: decoding processes of every rank; None: one per CPU core that this rank has.
 
         Raises:
-            DataError: no such folder, fewer than two classes, a class without images, parts with other classes.
+            DataError: as `list_images`.
         """
         super().__init__(**kwargs)
         check_number("data.image_size", image_size, 1, whole=True)
         if num_workers is not None:
             check_number("data.num_workers", num_workers, 0, whole=True)
-        if root is None:
-            raise DataError("data.root must name a folder that holds train/<class>/ and val/<class>/")
         self.image_size, self.flips, self.num_workers = image_size, flips, num_workers
-        held = "val" if (Path(root) / "val").is_dir() else "test"
-        self.listed = {part: list_files(Path(root) / name) for part, name in (("train", "train"), ("test", held))}
-        self.classes = self.listed["train"][2]
-        if self.classes != self.listed["test"][2]:
-            odd = sorted(set(self.classes) ^ set(self.listed["test"][2]))
-            raise DataError(f"data.root={root}: train and {held} must hold the same classes; only in one: {odd[:5]}")
+        only_test = root is not None and (Path(root) / "test").is_dir() and not (Path(root) / "val").is_dir()
+        self.classes, listings = list_images(root, ("train", "test" if only_test else "val"))
+        self.listed: dict[str, Listing] = dict(zip(("train", "test"), listings, strict=True))
         self.num_classes = len(self.classes)
 
     def statistics(self) -> dict:
@@ -95,13 +90,13 @@ class ImageNet(ImageData):
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        files, labels, _ = self.listed["train"]
-        rest, held = split_off(torch.from_numpy(labels), self.val_size)
+        train, test = self.listed["train"], self.listed["test"]
+        rest, held = split_off(torch.from_numpy(train.labels), self.val_size)
         self.check_enough(len(rest))
-        self.splits = {"train": self._images(files[rest], labels[rest], self.augment)}
+        self.splits = {"train": self._images(train.files[rest], train.labels[rest], self.augment)}
         if len(held):
-            self.splits["val"] = self._images(files[held], labels[held], False)
-        self.splits["test"] = self._images(*self.listed["test"][:2], False)
+            self.splits["val"] = self._images(train.files[held], train.labels[held], False)
+        self.splits["test"] = self._images(test.files, test.labels, False)
 
     def _images(self, files: np.ndarray, labels: np.ndarray, augment: bool) -> FileImages:
         return FileImages(
@@ -114,28 +109,3 @@ class ImageNet(ImageData):
 
     def transform(self, images: torch.Tensor, augment: bool = False) -> torch.Tensor:
         return super().transform(images, augment=False)  # the workers have augmented them
-
-
-def list_files(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """List `folder`/<class>/<image>, sorted: (files (n,) bytes, labels (n,) int64, class names).
-
-    Raises:
-        DataError: no such folder, fewer than two classes, a class without images.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"data.root: {folder} is not there; the layout is <root>/train/<class>/ and <root>/val/<class>/"
-        )
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    if len(classes) < 2:
-        raise DataError(f"data.root: at least two classes are needed, found {classes} in {folder}")
-    files, counts = [], []
-    for name in classes:
-        found = sorted(
-            os.fsencode(e.path) for e in os.scandir(folder / name) if os.path.splitext(e.name)[1].lower() in EXTENSIONS
-        )
-        if not found:
-            raise DataError(f"data.root: no images ({', '.join(sorted(EXTENSIONS))}) in {folder / name}")
-        files.append(np.array(found, dtype=np.bytes_))
-        counts.append(len(found))
-    return np.concatenate(files), np.repeat(np.arange(len(classes)), counts), classes

@@ -13,10 +13,10 @@ class EpochSampler(Sampler[int]):
     (evaluation): sliced by rank and never padded, so that every image counts once.
 
     Attributes:
-        numbers_epochs: yield epoch * n + index instead of the index, for data sets that augment by themselves.
+        index_by_epoch: yield epoch * n + index instead of the index, for data sets that augment by themselves.
     """
 
-    numbers_epochs = False
+    index_by_epoch = False
 
     def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.n, self.shuffle, self.seed, self.rank, self.world_size = n, shuffle, seed, rank, world_size
@@ -31,7 +31,7 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator)
         mine = order[self.rank :: self.world_size][: len(self)]
-        return iter((mine + self.epoch * self.n * self.numbers_epochs).tolist())
+        return iter((mine + self.epoch * self.n * self.index_by_epoch).tolist())
 
     def __len__(self) -> int:
         if self.shuffle:

@@ -44,12 +44,12 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
     """
     role = "scratch" if cfg.init == "scratch" else "sparse" if cfg.sparsity else "finetuned"
     begun = Result("finetune", role, parent=relative(cfg.checkpoint, out), asked=plain(cfg))
-    with recorded(out, begun) as result:
+    with recorded(out, begun, cfg.logger, cfg.checkpoint) as run:
         saved = checkpoint.read(cfg.checkpoint)
         saved.record.need(cfg.checkpoint, "config", "data")
         recipe = recipe_of(cfg, saved.record)
         recipe.trainer = settled(recipe.trainer, out / LAST)
-        result.seed = recipe.seed
+        run.result.seed = recipe.seed
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         dense = _given_network(cfg, data)
@@ -58,12 +58,12 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
             print(f"{cfg.checkpoint} was never pruned: it is trained further as it is")
         if cfg.epochs_by == "macs":
             _stretch(recipe, checkpoint.architecture(saved, dense, pruned=False), network.model, example_of(data))
-        result.config = network.record.config = plain(recipe) | {"finetune": _choices(cfg)}
+        run.result.config = network.record.config = plain(recipe) | {"finetune": _choices(cfg)}
         network.teacher = _teacher(cfg.distill.teacher, data, dense)
         network.distillation = {"temperature": cfg.distill.temperature, "alpha": cfg.distill.alpha}
-        start = resume_point(cfg.resume, result.config, out)
-        fit(recipe, out, network, data, start, result)
-    return result.metrics.get("test/acc", math.nan)
+        start = resume_point(cfg.resume, run.result.config, out)
+        fit(recipe, run, network, data, start)
+    return run.result.metrics.get("test/acc", math.nan)
 
 
 def _choices(cfg: FinetuneConfig) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from slimming.config import TrainConfig
 from slimming.data import ImageData
 from slimming.errors import CheckpointError, ConfigError, RunDirectoryError
 from slimming.ranks import torchrun_devices
-from slimming.records import Record, Result, config_differences
+from slimming.records import Record, config_differences
 from slimming.report import figures
 from slimming.stages import precision
 from slimming.stages.building import build, data_label, example_of, model_label, try_model
 from slimming.stages.measuring import uncounted, weight_bytes
-from slimming.stages.recording import rank_zero
+from slimming.stages.recording import Run, rank_zero
 from slimming.training.distillation import DistillingModule
 from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
@@ -63,14 +63,13 @@ class Rates:
     momentum: float | None
 
 
-def fit(
-    cfg: TrainConfig, out: Path, network: Network, data: ImageData, start: Checkpoint | None, result: Result
-) -> None:
-    """Train a network; add to `result` what comes of it.
+def fit(cfg: TrainConfig, run: Run, network: Network, data: ImageData, start: Checkpoint | None) -> None:
+    """Train a network; add to `run.result` what comes of it.
 
     Args:
-        start: out/last.ckpt to resume from, None to begin.
+        start: last.ckpt of the run directory to resume from, None to begin.
     """
+    out, result = run.out, run.result
     if cfg.trainer.get("sync_batchnorm"):
         raise ConfigError(
             "trainer.sync_batchnorm would forget the indices of pruned BatchNorms: set sync_batchnorm=true"
@@ -82,7 +81,7 @@ def fit(
     rates = _rates(factories, cfg.trainer["max_epochs"])
     module = _module(cfg, network, data.num_classes, factories)
     recorder = Recorder(out)
-    trainer = _trainer(cfg, out, recorder)
+    trainer = _trainer(cfg, run, recorder)
     if start:
         precision.check_kept(trainer, cfg.trainer.get("precision"))
     _connect_ranks_and_load(trainer, data)
@@ -143,15 +142,15 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
     return module
 
 
-def _trainer(cfg: TrainConfig, out: Path, recorder: Recorder) -> pl.Trainer:
+def _trainer(cfg: TrainConfig, run: Run, recorder: Recorder) -> pl.Trainer:
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
     return build(
         "trainer",
         cfg.trainer | torchrun_devices(),
         callbacks=[*lines, recorder, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
-        logger=[build(f"logger.{k}", c, save_dir=str(out)) for k, c in cfg.logger.items()],
+        logger=run.loggers,
         plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(out),
+        default_root_dir=str(run.out),
         use_distributed_sampler=False,  # the data modules share out the images themselves
     )
 

@@ -74,7 +74,7 @@ def _thin(cfg: SlimConfig, folder: Path, ratio: float | None) -> tuple[float, Pa
     sparse, thinned = folder / "sparse" / LAST, folder / _name(cfg, ratio)
     options = {f.name: getattr(cfg, f.name) for f in fields(PruneOptions)}
     pruning = PruneConfig(**options | {"ratio": ratio}, checkpoint=str(sparse), seed=cfg.seed, trainer=_one_device(cfg))
-    pruning.model, pruning.data = _unregistered_model(cfg), cfg.data
+    pruning.model, pruning.data, pruning.logger = _unregistered_model(cfg), cfg.data, cfg.logger
     _stage(prune, pruning, thinned / "pruned")
     thin = thinned / "pruned" / PRUNED
     length = {"max_epochs": cfg.finetune.max_epochs} if cfg.finetune.max_epochs else {}

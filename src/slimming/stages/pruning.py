@@ -28,7 +28,7 @@ from slimming.stages.fitting import LAST
 from slimming.stages.measuring import accuracies, latencies, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
-from slimming.stages.recording import quiet, recorded, relative
+from slimming.stages.recording import Run, quiet, recorded, relative
 from slimming.stages.sources import Source, load_source
 from slimming.training.recorder import BINS, histogram
 
@@ -51,17 +51,18 @@ def prune(cfg: PruneConfig, out: Path) -> float:
             print(inspection(trace(source.model, source.example)))
         return math.nan
     begun = Result("prune", "pruned", cfg.seed, relative(cfg.checkpoint, out), plain(cfg))
-    with recorded(out, begun) as result:
+    with recorded(out, begun, cfg.logger, cfg.checkpoint) as run:
         cfg = replace(cfg, trainer=settled(cfg.trainer))
-        result.config = plain(cfg)
+        run.result.config = plain(cfg)
         for name, what in ((PRUNED, "pruned network"), (LAST, "run")):
             if (out / name).exists():
                 raise RunDirectoryError(f"{out} holds a {what} already: give another hydra.run.dir")
-        _prune(cfg, out, result)
-    return result.metrics.get("test/acc", math.nan)
+        _prune(cfg, run)
+    return run.result.metrics.get("test/acc", math.nan)
 
 
-def _prune(cfg: PruneConfig, out: Path, result: Result) -> None:
+def _prune(cfg: PruneConfig, run: Run) -> None:
+    out, result = run.out, run.result
     criterion = make_criterion(cfg)
     source, data = load_source(cfg)
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
@@ -86,6 +87,7 @@ def _prune(cfg: PruneConfig, out: Path, result: Result) -> None:
         print(f"latency of {times['batch']} images ({times['device']}, {times['precision']}): ", end="")
         print(f"{times['before']:.1f} -> {times['after']:.1f} ms (medians of 15, taking turns)")
     _leave(cfg, out, source, thin, plan, result)
+    _ = run.loggers  # opened now that the pruning has succeeded; they get what it left
 
 
 def make_criterion(cfg: PruneConfig) -> criteria.Criterion:

@@ -7,36 +7,58 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from slimming.errors import RunDirectoryError, SlimmingError
 from slimming.folders import claimed
 from slimming.records import Result, finished
+from slimming.stages.building import build
+from slimming.training.tracking import Tracking
+
+
+@dataclass
+class Run:
+    """A stage that is going on: its folder, what result.json will say, and its loggers."""
+
+    out: Path
+    result: Result
+    tracking: Tracking
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers, opened when first asked for; they are told the configuration."""
+        return self.tracking.loggers(self.result.config or {})
 
 
 @contextlib.contextmanager
-def recorded(out: Path, result: Result) -> Iterator[Result]:
-    """Hold the run directory and write result.json in the end, of a stage that fails as well.
+def recorded(out: Path, result: Result, loggers: dict[str, Any], parent: str | None) -> Iterator[Run]:
+    """Hold the run directory and write result.json in the end, of a stage that fails as well; then close the loggers.
 
     Args:
         result: what is known from the start; the caller adds the rest.
+        loggers: the group `logger` of the configuration.
+        parent: the checkpoint that the stage begins with.
 
     Raises:
         RunDirectoryError: the directory is another run's, whose record stays as it is.
     """
     result.versions = versions()
     started = time.monotonic()
-    with claimed(out):
+    with claimed(out), contextlib.ExitStack() as stack:
         done = finished(out)
         if done and done.get("stage") != result.stage:
             raise RunDirectoryError(f"{out} holds a finished run of {done.get('stage')}: give another hydra.run.dir")
         try:
             with quiet():
-                yield result
+                tracking = stack.enter_context(Tracking(result.stage, loggers, out, parent, build))
+                yield Run(out, result, tracking)
         except RunDirectoryError:  # what is recorded there is another run's
             raise
         except BaseException as error:

@@ -44,7 +44,7 @@ def run_on_devices(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> 
                     given = settled(_trainer(cfg), out / LAST)["precision"]
                     cfg = dataclasses.replace(cfg, trainer=cfg.trainer | {"precision": given})
                 job = {"stage": stage, "config": plain(cfg), "out": str(out)}
-                launcher.spawn(job, processes)
+                launcher.start_ranks(job, processes)
         if processes == 1:
             return DISTRIBUTED[stage](cfg, out)
         result = finished(out)
@@ -63,8 +63,8 @@ def _failure_recorded(out: Path, stage: str) -> Iterator[None]:
 
 
 def run_rank(job_folder: Path) -> None:
-    """Be one rank of the job that `launcher.spawn` has described in a folder."""
-    launcher.serve(job_folder, run_job)
+    """Be one rank of the job that `launcher.start_ranks` has described in a folder."""
+    launcher.run_rank(job_folder, run_job)
 
 
 def run_job(job: dict) -> None:

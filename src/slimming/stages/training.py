@@ -27,19 +27,19 @@ def train(cfg: TrainConfig, out: Path) -> float:
     """
     role = "sparse" if cfg.sparsity else "baseline"
     begun = Result("train", role, cfg.seed, relative(cfg.init_from, out), plain(cfg))
-    with recorded(out, begun) as result:
+    with recorded(out, begun, cfg.logger, cfg.init_from) as run:
         cfg = replace(cfg, data=normalised(cfg), trainer=precision.settled(cfg.trainer, out / LAST))
-        result.config = plain(cfg)
-        start = resume_point(cfg.resume, result.config, out)
+        run.result.config = plain(cfg)
+        start = resume_point(cfg.resume, run.result.config, out)
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
         model = build("model", cfg.model, **io_shape(data))
-        record = Record(model_spec(cfg.model, io_shape(data)), stage="train", config=result.config)
+        record = Record(model_spec(cfg.model, io_shape(data)), stage="train", config=run.result.config)
         if cfg.init_from:
             try_model(model, example_of(data))
             checkpoint.load_weights(model, checkpoint.read(cfg.init_from))
-        fit(cfg, out, Network(model, record), data, start, result)
-    return result.metrics.get("test/acc", math.nan)
+        fit(cfg, run, Network(model, record), data, start)
+    return run.result.metrics.get("test/acc", math.nan)
 
 
 def normalised(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The penalty for any LightningModule, and what the loss was multiplied by when gradients arrive."""
+"""The penalty for any LightningModule, and what SlimmingModule shares with it."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,7 @@ import torch
 
 from slimming.channels.penalty import Penalty, batchnorm_gammas, near_zero_share
 from slimming.errors import ConfigError, check_number
+from slimming.training.tracking import log_histogram, step_of_epoch
 
 
 def loss_factor(trainer: pl.Trainer, module: pl.LightningModule) -> float | torch.Tensor:
@@ -20,12 +21,21 @@ def loss_factor(trainer: pl.Trainer, module: pl.LightningModule) -> float | torc
     return factor
 
 
+def log_gammas(module: pl.LightningModule, penalty: Penalty) -> None:
+    """Log an epoch's penalty, the share of gammas near zero, and their histogram where a logger takes one."""
+    gammas = penalty.flat()  # (number of gammas,)
+    module.log("train/penalty", penalty.value(), sync_dist=True)
+    module.log("gamma_near_zero", near_zero_share(gammas), sync_dist=True)
+    for logger in module.trainer.loggers if len(gammas) else ():
+        log_histogram(logger, "gamma", gammas, step_of_epoch(module.trainer))
+
+
 class SlimmingCallback(pl.Callback):
     """Adds the gradient of sparsity * sum |gamma| to any LightningModule, and logs how the gammas fall.
 
     Equal to autograd of the penalised loss under gradient accumulation, GradScaler and DDP, as SlimmingModule. Logs
     `train/penalty` and `gamma_near_zero` (share of gammas below 1% of the largest) at the end of every epoch, and a histogram
-    `gamma` where a logger takes histograms.
+    `gamma` to TensorBoard, Weights & Biases and MLflow.
 
     Args:
         sparsity: lambda, >= 0.
@@ -52,9 +62,4 @@ class SlimmingCallback(pl.Callback):
         self.penalty.add_gradient(loss_factor(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        gammas = self.penalty.flat()
-        pl_module.log("train/penalty", self.penalty.value(), sync_dist=True)
-        pl_module.log("gamma_near_zero", near_zero_share(gammas), sync_dist=True)
-        for logger in trainer.loggers:
-            if add := getattr(getattr(logger, "experiment", None), "add_histogram", None):
-                add("gamma", gammas, trainer.current_epoch)
+        log_gammas(pl_module, self.penalty)

@@ -1,8 +1,8 @@
 """Several processes for one job: started with the job's own composed configuration, watched, and ended together.
 
 Lightning starts its DDP processes by repeating the command line, so that under Hydra's multirun each of them would begin the
-whole sweep. Here the process that Hydra runs stays outside: it starts one worker per device, and a worker that dies takes
-its job with it, not the sweep.
+whole sweep. Here the process that Hydra runs stays outside: it starts one process, a rank, per device, and a rank that dies
+ends its job, not the sweep.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ FOREIGN = ("SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "RA
 GRACE_S = 3.0  # between asking the other ranks to end and ending them
 
 
-def spawn(job: dict, processes: int) -> None:
-    """Run `python -m slimming.entry <job>` once per device of this machine and wait.
+def start_ranks(job: dict, processes: int) -> None:
+    """Run `python -m slimming.entry <job folder>` once per device of this machine and wait for all of them.
 
     Args:
-        job: plain data; `serve` gets it in every process.
+        job: plain data; `run_rank` hands it to the work of every process.
 
     Raises:
         SlimmingError: the first error of any rank, if it is one of ours.
@@ -40,9 +40,9 @@ def spawn(job: dict, processes: int) -> None:
         KeyboardInterrupt: Ctrl-C, once all ranks have ended.
     """
     with tempfile.TemporaryDirectory(prefix="slimming-") as folder:
-        place = Path(folder)
-        (place / "job.json").write_text(json.dumps(job))
-        ranks = _start(place, processes)
+        job_folder = Path(folder)
+        (job_folder / "job.json").write_text(json.dumps(job))
+        ranks = _start(job_folder, processes)
         try:
             codes = [rank.poll() for rank in ranks]
             while None in codes and not any(codes):
@@ -55,10 +55,11 @@ def spawn(job: dict, processes: int) -> None:
             time.sleep(2 * POLL_S)  # for errors on their way to the disk
             codes = [rank.poll() for rank in ranks]
             _end(ranks, signal.SIGTERM)
-            _raise_first(place, codes)
+            _raise_first(job_folder, codes)
 
 
-def _start(place: Path, processes: int) -> list[subprocess.Popen]:
+def _start(job_folder: Path, processes: int) -> list[subprocess.Popen]:
+    """Start the ranks; rank 0 talks to the terminal, the others write a log into the job folder."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -69,8 +70,8 @@ def _start(place: Path, processes: int) -> list[subprocess.Popen]:
     ranks = []
     for rank in range(processes):
         env = own | {key: str(value) for key, value in (shared | {"LOCAL_RANK": rank}).items()}
-        log = None if rank == 0 else (place / f"rank-{rank}.log").open("w")
-        command = [sys.executable, "-m", "slimming.entry", str(place)]
+        log = None if rank == 0 else (job_folder / f"rank-{rank}.log").open("w")
+        command = [sys.executable, "-m", "slimming.entry", str(job_folder)]
         ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         if log:
             log.close()
@@ -78,6 +79,7 @@ def _start(place: Path, processes: int) -> list[subprocess.Popen]:
 
 
 def _end(ranks: list[subprocess.Popen], sign: int) -> None:
+    """Send a signal to the ranks that still run, and kill those that do not end within GRACE_S."""
     for rank in ranks:
         if rank.poll() is None:
             with contextlib.suppress(OSError):
@@ -91,54 +93,65 @@ def _end(ranks: list[subprocess.Popen], sign: int) -> None:
             rank.wait()
 
 
-def _raise_first(place: Path, codes: list[int | None]) -> None:
+def _raise_first(job_folder: Path, codes: list[int | None]) -> None:
     """Raise what went wrong first; what the other ranks say of lost connections is its consequence."""
-    errors = sorted((json.loads(p.read_text()) for p in place.glob("error-*.json")), key=lambda error: error["time"])
+    errors = sorted(
+        (json.loads(p.read_text()) for p in job_folder.glob("error-*.json")), key=lambda error: error["time"]
+    )
     killed = [(r, -code) for r, code in enumerate(codes) if code and code < 0]
-    # A rank aborts itself when a connection is lost, so that this signal comes after an error; others come before it.
-    struck = [k for k in killed if k[1] != signal.SIGABRT] or ([] if errors else killed)
+    # A rank aborts itself when a connection is lost: that signal is the consequence of an error, the others are causes.
+    first_killed = [k for k in killed if k[1] != signal.SIGABRT] or ([] if errors else killed)
     if errors and errors[0]["kind"] == "ours":
         raise getattr(ours, errors[0]["class"], SlimmingError)(errors[0]["message"])
     if errors and errors[0]["kind"] == "interrupted":
         raise KeyboardInterrupt
-    if struck:
-        rank, sign = struck[0]
+    if first_killed:
+        rank, sign = first_killed[0]
         raise TrainingError(f"rank {rank} was killed (signal {sign}; out of memory?); the other ranks were ended")
     if errors:
         print(errors[0]["traceback"], file=sys.stderr)
         raise TrainingError(f"rank {errors[0]['rank']} failed: {errors[0]['message']}; the other ranks were ended")
     rank = next(r for r, code in enumerate(codes) if code)
-    log = place / f"rank-{rank}.log"
-    said = log.read_text()[-2000:] if log.exists() else ""
-    raise TrainingError(f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{said}")
+    log = job_folder / f"rank-{rank}.log"
+    output = log.read_text()[-2000:] if log.exists() else ""
+    raise TrainingError(
+        f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{output}"
+    )
 
 
-def serve(place: Path, work: Callable[[dict], object]) -> None:
-    """Do a rank's work; leave an error where `spawn` finds it, and end at once: open connections must not hold the process."""
+def run_rank(job_folder: Path, work: Callable[[dict], object]) -> None:
+    """Do a rank's work and end the process.
+
+    An error is left in the job folder, where `start_ranks` finds it. The process ends at once, because open connections to
+    other ranks would hold it.
+    """
     _die_with_parent()
     rank = int(os.environ["LOCAL_RANK"])
     try:
-        work(json.loads((place / "job.json").read_text()))
+        work(json.loads((job_folder / "job.json").read_text()))
         code = 0
     except BaseException as error:
-        kind = "ours" if isinstance(error, SlimmingError) else "other"
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            kind = "interrupted"
-        message = str(error) if kind == "ours" else f"{type(error).__name__}: {error}"
-        told = {
-            "rank": rank,
-            "time": time.time(),
-            "kind": kind,
-            "class": type(error).__name__,
-            "message": message,
-            "traceback": traceback.format_exc(),
-        }
-        with contextlib.suppress(OSError):  # the folder is gone: so is the one to tell
-            write_text(place / f"error-{rank}.json", json.dumps(told))
+        with contextlib.suppress(OSError):  # the folder is gone, and with it the process that would read the error
+            write_text(job_folder / f"error-{rank}.json", json.dumps(_description(rank, error)))
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _description(rank: int, error: BaseException) -> dict:
+    """Describe an error that is being handled as plain data."""
+    kind = "ours" if isinstance(error, SlimmingError) else "other"
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        kind = "interrupted"
+    return {
+        "rank": rank,
+        "time": time.time(),
+        "kind": kind,
+        "class": type(error).__name__,
+        "message": str(error) if kind == "ours" else f"{type(error).__name__}: {error}",
+        "traceback": traceback.format_exc(),
+    }
 
 
 def _die_with_parent() -> None:

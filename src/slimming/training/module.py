@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from slimming.channels.penalty import Penalty, batchnorm_gammas
 from slimming.errors import TrainingError
-from slimming.training.callback import loss_factor
+from slimming.training.callback import log_gammas, loss_factor
 
 AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}  # of each auxiliary head's loss in their papers
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
@@ -55,19 +55,18 @@ class SlimmingModule(LightningModule):
         self.optimizer, self.scheduler, self.decay_batchnorm = optimizer, scheduler, decay_batchnorm
         self.record = record
         self.optimizer_state: dict | None = None  # to begin with: `prune_optimizer_state` of an earlier training's
-        # Not synchronised by themselves: the progress bar asks on rank 0 alone, and _report adds the ranks up.
-        accuracy = {"num_classes": num_classes, "average": "micro", "validate_args": False, "sync_on_compute": False}
+        accuracy = {"num_classes": num_classes, "average": "micro", "validate_args": False}
         self.accuracy = nn.ModuleDict({f"{s}_acc": MulticlassAccuracy(**accuracy) for s in ("train", "val", "test")})
-        self._loss_sum: dict[str, torch.Tensor | float] = {}
-        self._count: dict[str, int] = {}
-        self.evaluated: dict[str, int] = {}  # split -> images over all ranks, the last time it was
+        self._loss_sum: dict[str, torch.Tensor] = {}  # split -> sum over this rank's images of the epoch
+        self._count: dict[str, int] = {}  # split -> this rank's images of the epoch
+        self.evaluated: dict[str, int] = {}  # split -> images over all ranks when it was last evaluated
         self._bad_step: torch.Tensor | None = None  # first step whose loss was not finite, -1 for none
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        images, labels = batch
+        images, labels = batch  # (N, C, H, W), (N,)
         output = self.model(images)
         logits, *auxiliary = output if isinstance(output, tuple) else (output,)
         loss = self.task_loss(images, logits, labels)
@@ -83,7 +82,7 @@ class SlimmingModule(LightningModule):
         return F.cross_entropy(logits, labels)
 
     def validation_step(self, batch, batch_idx: int) -> None:
-        self._evaluate("val" if "val" in self.trainer.datamodule.splits else "test", batch)
+        self._evaluate(self._validation_split(), batch)
 
     def test_step(self, batch, batch_idx: int) -> None:
         self._evaluate("test", batch)
@@ -98,22 +97,21 @@ class SlimmingModule(LightningModule):
             self.trainer.datamodule.seed_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
-        self._reset("val")
-        self._reset("test")
-
-    on_test_epoch_start = on_validation_epoch_start
+        self._reset(self._validation_split())
 
     def on_validation_epoch_end(self) -> None:
-        for split in ("val", "test"):
-            if self._count.get(split):
-                self._report(split)
+        self._report(self._validation_split())
 
-    on_test_epoch_end = on_validation_epoch_end
+    def on_test_epoch_start(self) -> None:
+        self._reset("test")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
 
     def on_train_epoch_end(self) -> None:
         self.check_finite()
         self._report("train")
-        self.log("train/penalty", self.penalty.value(), sync_dist=True)
+        log_gammas(self, self.penalty)
 
     def configure_optimizers(self):
         parameters = dict(self.model.named_parameters())
@@ -130,6 +128,14 @@ class SlimmingModule(LightningModule):
         if self.record is not None:
             metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
             checkpoint["slimming"] = self.record | {"data": self.trainer.datamodule.statistics(), "metrics": metrics}
+
+    def running_accuracy(self) -> float:
+        """Return the accuracy on this rank's training images of the epoch so far.
+
+        The progress bar asks on rank 0 alone; `compute` would wait there for the other ranks.
+        """
+        metric = self.accuracy["train_acc"]
+        return float(metric.tp / (metric.tp + metric.fn))
 
     def check_finite(self) -> None:
         """Raise TrainingError if a loss of this epoch, or a weight, is not finite; waits for the device."""
@@ -149,9 +155,12 @@ class SlimmingModule(LightningModule):
         if step % CHECK_EVERY == CHECK_EVERY - 1:
             self.check_finite()
 
+    def _validation_split(self) -> str:
+        return "val" if "val" in self.trainer.datamodule.splits else "test"
+
     def _evaluate(self, split: str, batch) -> None:
-        images, labels = batch
-        logits = self.model(images)
+        images, labels = batch  # (N, C, H, W), (N,)
+        logits = self.model(images)  # (N, num_classes)
         self._account(split, F.cross_entropy(logits, labels), logits, labels)
 
     def _account(self, split: str, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -161,17 +170,21 @@ class SlimmingModule(LightningModule):
 
     def _reset(self, split: str) -> None:
         self.accuracy[f"{split}_acc"].reset()
-        self._loss_sum[split], self._count[split] = 0.0, 0
+        self._loss_sum[split], self._count[split] = torch.zeros((), device=self.device), 0
 
     def _report(self, split: str) -> None:
-        """Log the loss and accuracy of an epoch over all ranks."""
+        """Log the loss and accuracy of an epoch over all ranks.
+
+        The accuracy is a metric object, which adds up the ranks when Lightning computes it. The loss cannot be one:
+        Lightning's mean over ranks is wrong where they have unequal numbers of images (2.6 divides the summed batch sizes as
+        integers), and torchmetrics' MeanMetric (1.9) waits for the device at every update or ignores the weights.
+        """
         count = torch.tensor(float(self._count[split]), device=self.device)
-        correct = (self.accuracy[f"{split}_acc"].compute() * count).round()
-        sums = torch.stack((self._loss_sum[split].float(), correct, count))
-        loss, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = torch.stack((self._loss_sum[split].float(), count))
+        loss, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
         self.evaluated[split] = int(count)
         self.log(f"{split}/loss", loss / count, sync_dist=True)  # equal on all ranks already; this says so
-        self.log(f"{split}/acc", correct / count, sync_dist=True)
+        self.log(f"{split}/acc", self.accuracy[f"{split}_acc"])
 
 
 def parameter_groups(model: nn.Module, decay_batchnorm: bool) -> list[tuple[bool, list[str]]]:

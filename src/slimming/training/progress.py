@@ -55,7 +55,7 @@ class EpochLines(ProgressBar):
             self._shown = time.monotonic()
             state = (
                 f"loss {float(outputs['loss']):.3f}  penalty {float(module.penalty.value()):.3f}  "
-                f"train {float(module.accuracy['train_acc'].compute()):6.1%}  "
+                f"train {module.running_accuracy():6.1%}  "
                 f"{self._seen / (time.monotonic() - self._started):.0f} images/s"
             )
             self._bar.update(self._task, completed=batch_idx + 1, state=state)

@@ -10,10 +10,11 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from slimming import checkpoint
-from slimming.channels.penalty import near_zero_share
 from slimming.files import write_text
 from slimming.training.progress import EpochLines
+from slimming.training.tracking import step_of_epoch
 
+MEASURED = ("lr", "images_per_s", "time_s")  # of every epoch, beside what the module logs
 BINS = torch.cat((torch.zeros(1), torch.logspace(-6, 1, 57)))  # |gamma|: eight bins per decade, the first from 0
 
 
@@ -61,33 +62,28 @@ class Recorder(Checkpoint):
         self._evaluated = True
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        gammas = module.penalty.flat()
-        elapsed = time.monotonic() - self._start
-        fresh = (
-            ("train/", "val/", "test/") if self._evaluated else ("train/",)
-        )  # Lightning keeps those of earlier epochs
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh) or "/" not in k}
-        row = {"epoch": trainer.current_epoch + 1} | metrics
-        row["lr"] = self._lr
-        row["gamma_near_zero"] = near_zero_share(gammas)
-        row["images_per_s"] = self._images / (self._training_s or elapsed)
-        row["time_s"] = elapsed
+        row = self._row(trainer)
         self.history.append(row)
-        self.gammas.append(histogram(gammas))
-        for logger in trainer.loggers:
-            add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if add and len(gammas):
-                add("gamma", gammas, row["epoch"])
-        better = "val/acc" in row and (self.best is None or row["val/acc"] > self.best["val/acc"])
-        if better:
+        self.gammas.append(histogram(module.penalty.flat()))
+        for logger in trainer.loggers:  # what Lightning does not know of
+            logger.log_metrics({key: row[key] for key in MEASURED}, step_of_epoch(trainer))
+        if "val/acc" in row and (self.best is None or row["val/acc"] > self.best["val/acc"]):
             self.best = {"epoch": row["epoch"], "val/acc": row["val/acc"]}
-        if better:  # before last.ckpt, which says so
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)  # before last.ckpt, which names it
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if trainer.is_global_zero:
             _write_csv(self.folder / "metrics.csv", self.history)
             if isinstance(trainer.progress_bar_callback, EpochLines):
                 trainer.progress_bar_callback.show(row, trainer.max_epochs)
+
+    def _row(self, trainer) -> dict:
+        """Return the history's entry of the epoch that ends."""
+        elapsed = time.monotonic() - self._start
+        # Lightning keeps the metrics of earlier epochs, so those of an evaluation count only where one took place.
+        fresh = ("train/", "val/", "test/") if self._evaluated else ("train/",)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh) or "/" not in k}
+        measured = (self._lr, self._images / (self._training_s or elapsed), elapsed)
+        return {"epoch": trainer.current_epoch + 1} | metrics | dict(zip(MEASURED, measured, strict=True))
 
     def state_dict(self) -> dict:
         return {"history": self.history, "gammas": self.gammas, "best": self.best}

@@ -1,4 +1,4 @@
-"""The data sets that torchvision knows: it downloads them and checks their checksums."""
+"""The data sets that torchvision downloads and verifies by checksums."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from slimming.data.base import ImageData, check_labels
 from slimming.errors import DataError
 
 
-class Official(ImageData):
+class TorchvisionData(ImageData):
     """A torchvision data set; `source` is its class, `files` what must lie below `root`."""
 
     source: type
@@ -77,7 +77,7 @@ class Official(ImageData):
         )
 
 
-class CIFAR10(Official):
+class CIFAR10(TorchvisionData):
     """50,000 + 10,000 colour images of 32x32 pixels, 10 classes."""
 
     source, files = datasets.CIFAR10, "cifar-10-batches-py/"
@@ -85,7 +85,7 @@ class CIFAR10(Official):
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-class CIFAR100(Official):
+class CIFAR100(TorchvisionData):
     """50,000 + 10,000 colour images of 32x32 pixels, 100 classes."""
 
     source, files = datasets.CIFAR100, "cifar-100-python/"
@@ -93,7 +93,7 @@ class CIFAR100(Official):
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
-class SVHN(Official):
+class SVHN(TorchvisionData):
     """73,257 + 26,032 colour images of house numbers, 32x32 pixels, 10 classes; mirrored digits are other digits."""
 
     source, files = datasets.SVHN, "{train,test}_32x32.mat"
@@ -101,7 +101,7 @@ class SVHN(Official):
     mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 
 
-class MNIST(Official):
+class MNIST(TorchvisionData):
     """60,000 + 10,000 grey images of 28x28 pixels, 10 classes; mirrored digits are other digits."""
 
     source, files = datasets.MNIST, "MNIST/raw/*-ubyte"
