@@ -213,3 +213,31 @@ def test_without_a_criterion_half_goes():
 def test_the_demo_is_a_pipeline():
     cfg = compose_config("experiment=demo", name="slim")
     assert (cfg.ratio, cfg.model["width"], cfg.data["_target_"]) == (0.7, 0.25, "slimming.data.Digits")
+
+
+def test_every_stage_reaches_the_logger_in_one_group(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)  # as Hydra leaves one
+    slim(tmp_path / "run", "ratio=0.5", "logger=mlflow", f"logger.mlflow.tracking_uri=file:{tmp_path}/mlruns")
+    client = MlflowClient(f"file:{tmp_path}/mlruns")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "slimming"]
+    runs = client.search_runs([experiment.experiment_id])
+    stages_of = sorted((run.data.tags["stage"], run.data.tags["group"], run.info.status) for run in runs)
+    group = f"{tmp_path.name}_run"
+    assert stages_of == [(stage, group, "FINISHED") for stage in ("finetune", "prune", "train")]
+    for run in runs:
+        files = {f.path for f in client.list_artifacts(run.info.run_id)}
+        assert {"result.json", "gammas.png"} <= files and "final/test/acc" in run.data.metrics
+
+
+@pytest.mark.parametrize("stage", ["train", "slim"])
+def test_a_logger_that_is_not_installed_is_recorded_as_the_cause(stage, tmp_path, monkeypatch):
+    from slimming.training import tracking
+
+    monkeypatch.setattr(tracking, "_installed", lambda package: False)
+    setting = SETTING if stage == "slim" else SMALL
+    with pytest.raises(ConfigError, match=r"pip install 'slimming\[wandb\]'"):
+        getattr(stages, stage)(compose_config(*setting, "logger=wandb", name=stage), tmp_path / "run")
+    out = tmp_path / "run" / ("sparse" if stage == "slim" else ".")
+    assert "pip install" in result(out)["error"] and not (out / "last.ckpt").exists()
