@@ -23,6 +23,7 @@ _HOME = {
     "mask": "channels.proof",
     "prune": "channels.surgery",
     "prune_optimizer_state": "channels.surgery",
+    "repair": "channels.repair",
     "save": "checkpoint",
     "trace": "channels.trace",
 }

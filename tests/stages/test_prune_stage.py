@@ -417,3 +417,64 @@ def test_a_parallel_sweep_survives_a_failing_job(sparse, tmp_path):
     subprocess.run([sys.executable, str(ROOT / "report.py")], cwd=tmp_path, check=True, **TEXT)
     text = (tmp_path / "runs" / "report.md").read_text()
     assert "ratio must be a number >= 0 and < 1" in text.split("What failed")[1] and "ratio 0.3" in text
+
+
+def test_a_repair_is_recorded_and_is_what_the_library_does(sparse, tmp_path, capsys):
+    accuracy = prune(sparse, tmp_path, "ratio=0.5", "repair.images=200", "repair.ridge=1e-2", "calibrate.batches=0")
+    r = result(tmp_path)
+    assert r["metrics"]["test/acc"] == accuracy and r["config"]["repair"] == {"images": 200, "ridge": 0.01}
+    assert {k: v for k, v in r["repair"].items() if k != "seconds"} == {
+        "images": 200,
+        "ridge": 0.01,
+        "layers": 2,
+        "left": {},
+    }
+    text = capsys.readouterr().out
+    assert text.count("repaired: 2 layers refitted on 200 training images in ") == 1
+    assert f"-> {accuracy:.2%} repaired on 200 images\n" in text
+    model = slimming.load(sparse)
+    plan = slimming.trace(model, torch.zeros(1, 1, 8, 8)).plan(slimming.GlobalRatio(0.5))
+    data = Digits(image_size=8, crop=1, val_size=100, seed=1)
+    data.setup()
+    images = torch.cat([*data.training_batches(4, torch.device("cpu"))])[:200]
+    ours = slimming.repair(model, slimming.prune(model, plan), plan, [images], ridge=1e-2)
+    assert same({f"model.{k}": v for k, v in ours.state_dict().items()}, state(tmp_path))
+
+
+def test_a_repair_comes_before_the_calibration(sparse, tmp_path, capsys):
+    prune(sparse, tmp_path / "a", "ratio=0.5", "repair.images=128", "test=false", "calibrate.batches=0")
+    prune(sparse, tmp_path / "b", "ratio=0.5", "repair.images=128")
+    a, b = state(tmp_path / "a"), state(tmp_path / "b")
+    moved = {k.rpartition(".")[2] for k in a if not torch.equal(a[k], b[k])}
+    assert moved == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "repaired on 128 images and calibrated on 3 batches" in capsys.readouterr().out
+
+
+def test_repair_is_off_unless_asked_for_and_may_be_asked_for_in_two_ways(sparse):
+    def repair(*overrides):
+        return compose_config(f"checkpoint={sparse}", "ratio=0.5", *overrides, name="prune").repair
+
+    assert repair() is repair("repair=false") is repair("repair.images=0") is None
+    assert repair("repair=true") == repair("repair.images=2000")
+    assert repair("repair.images=300", "repair.ridge=0.1").ridge == 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["repair=3"], ConfigError, r"repair must be true, false, or repair.images=<how many>; got 3"),
+        (["repair.images=-1"], ConfigError, "repair.images must be a whole number >= 0, got -1"),
+        (["repair.images=9", "repair.ridge=-1"], ConfigError, "repair.ridge must be a number >= 0, got -1"),
+        (["repair.ridge=0.1"], ConfigError, r"repair.ridge=0.1 needs repair.images=2000 beside it"),
+        (["repair.images=1", "repair.ridge=0"], GraphError, r"repair of feature.4: its Gram matrix is singular"),
+        (
+            ["repair=true", "data=image_folder", "data.root=nowhere"],
+            DataError,
+            "go without by repair=false calibrate.batches=0 test=false",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_values_of_a_repair(overrides, error, words, sparse, tmp_path):
+    with pytest.raises(error, match=words):
+        prune(sparse, tmp_path, "ratio=0.5", "test=false", "calibrate.batches=0", *overrides)

@@ -4,11 +4,12 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, SlimConfig, TrainConfig
+from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, RepairConfig, SlimConfig, TrainConfig
 from slimming.errors import ConfigError, check_number
 from slimming.options import check_options
 
 DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
+REPAIR_IMAGES = 2000  # that repair=true stands for
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
@@ -23,6 +24,8 @@ def check(cfg: DictConfig) -> Any:
     if isinstance(config, SlimConfig) and not _given(config) and config.criterion is None:
         config.ratio = DEFAULT_RATIO
     check_options(config)
+    if isinstance(config, PruneOptions):
+        config.repair = _repair(config.repair)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
     for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
         if isinstance(config, kind):
@@ -74,6 +77,17 @@ def criterion_name(config: PruneOptions) -> str:
 def ratios(config: SlimConfig) -> list[float | None]:
     """Return the ratios to prune at; [None] where another criterion is asked for."""
     return config.ratio if isinstance(config.ratio, list) else [config.ratio]
+
+
+def _repair(given: Any) -> RepairConfig | None:
+    """Return what `repair` asks for; None where it is off, as in the configurations of versions without it."""
+    if isinstance(given, bool):
+        given = RepairConfig(images=REPAIR_IMAGES if given else 0)
+    if not isinstance(given, RepairConfig):
+        raise ConfigError(f"repair must be true, false, or repair.images=<how many>; got {given!r}")
+    if not given.images and given != RepairConfig():
+        raise ConfigError(f"repair.ridge={given.ridge:g} needs repair.images={REPAIR_IMAGES} beside it: repair is off")
+    return given if given.images else None
 
 
 def _check_train(config: TrainConfig) -> None:

@@ -76,6 +76,22 @@ class CalibrateConfig:
 
 
 @dataclass
+class RepairConfig:
+    """Repair of the pruned layers, without labels. `repair=true` stands for repair.images=2000, `repair=false` for 0."""
+
+    images: int = option(
+        0,
+        "training images to refit the pruned layers on, by least squares, to what the dense layers give; 0: not at all. "
+        "repair=true: 2000",
+        low=0,
+        whole=True,
+    )
+    ridge: float = option(
+        1e-3, "how strongly the old weights hold in that fit, relative to the mean square of a layer's inputs", low=0
+    )
+
+
+@dataclass
 class PruneOptions(PlanOptions):
     """What to remove, and what to do then."""
 
@@ -99,6 +115,9 @@ class PruneOptions(PlanOptions):
         "implementations do",
         choices=("exact", "reference"),
     )
+    repair: Any = field(
+        default_factory=RepairConfig
+    )  # Any: true and false may stand for it; None in a checked one: off
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     test: bool = option(True, "measure the accuracy before pruning, before calibration and after it")
     latency_batch: int = option(

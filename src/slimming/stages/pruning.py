@@ -29,6 +29,7 @@ from slimming.stages.measuring import accuracies, latencies, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import Run, quiet, recorded, relative
+from slimming.stages.repairing import repaired
 from slimming.stages.sources import Source, load_source
 from slimming.training.recorder import BINS, histogram
 
@@ -74,11 +75,11 @@ def _prune(cfg: PruneConfig, run: Run) -> None:
     result.model, result.data = source.label, data_label(source.training["data"])
     _describe(result, cfg, graph, plan, thin, (dense_costs, try_model(thin, source.example)))
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
-    if cfg.test or cfg.calibrate.batches:
+    if cfg.test or cfg.calibrate.batches or cfg.repair:
         warn_of_emulation(print, trainer)
     print(table(result, plan))
     if data is not None:
-        thin = _tested_and_calibrated(cfg, source, thin, data, trainer, result)
+        thin = _tested_and_mended(cfg, source, thin, plan, data, trainer, result)
     if cfg.latency_batch:
         images = source.example.expand(cfg.latency_batch, -1, -1, -1).contiguous()
         pair = {"before": source.model, "after": thin}
@@ -112,23 +113,34 @@ def _trainer(cfg: PruneConfig, source: Source) -> dict[str, Any]:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def _tested_and_calibrated(
-    cfg: PruneConfig, source: Source, thin: nn.Module, data: ImageData, trainer: pl.Trainer, result: Result
+def _tested_and_mended(
+    cfg: PruneConfig,
+    source: Source,
+    thin: nn.Module,
+    plan: PruningPlan,
+    data: ImageData,
+    trainer: pl.Trainer,
+    result: Result,
 ) -> nn.Module:
-    """Calibrate the thin network and add to `result` the accuracies before pruning, before calibration and in the end."""
+    """Repair and calibrate the thin network; add to `result` the accuracies before pruning, before that and in the end."""
     if cfg.test:
         for suffix, model in (("_before", source.model), ("_pruned", thin)):
             found, result.details["n_test"] = accuracies(trainer, model, data)
             result.metrics |= {key + suffix: value for key, value in found.items()}
     pruned = {k.removesuffix("_pruned"): v for k, v in result.metrics.items() if k.endswith("_pruned")}
+    mended = []
+    if cfg.repair:
+        thin = repaired(cfg.repair, (source.model, thin), plan, data, trainer, result)
+        mended.append(f"repaired on {cfg.repair.images} images")
     if cfg.calibrate.batches:
         thin = _calibrated(cfg, thin, data, trainer)
+        mended.append(f"calibrated on {cfg.calibrate.batches} batches")
     if cfg.test:
-        result.metrics |= accuracies(trainer, thin, data)[0] if cfg.calibrate.batches else pruned
+        result.metrics |= accuracies(trainer, thin, data)[0] if mended else pruned
     if "test/acc" in result.metrics:  # not where testing is limited to no batch
         before, pruned_acc, final = (result.metrics[f"test/acc{s}"] for s in ("_before", "_pruned", ""))
         line = f"test accuracy: {before:.2%} before pruning -> {pruned_acc:.2%} before calibration"
-        print(line + f" -> {final:.2%} calibrated on {cfg.calibrate.batches} batches" * bool(cfg.calibrate.batches))
+        print(line + f" -> {final:.2%} {' and '.join(mended)}" * bool(mended))
     return thin
 
 

@@ -96,9 +96,12 @@ def _check_classes(cfg: PruneConfig, data: ImageData | None, io_shape: dict[str,
 
 def _load_data(cfg: PruneConfig, node: dict, choice: str) -> ImageData | None:
     """Load the data if they are needed; `choice` is what to give where none are named."""
-    if cfg.inspect or not (cfg.test or cfg.calibrate.batches):
+    if cfg.inspect or not (cfg.test or cfg.calibrate.batches or cfg.repair):
         return None
-    advice = "calibration and accuracy need the data: give {}, or go without by calibrate.batches=0 test=false"
+    needs, without = "calibration and accuracy need", "calibrate.batches=0 test=false"
+    if cfg.repair:
+        needs, without = "repair, calibration and accuracy need", f"repair=false {without}"
+    advice = f"{needs} the data: give {{}}, or go without by {without}"
     if not node.get("_target_"):
         raise DataError(advice.format(choice))
     try:
