@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import randomise
 from torch import nn
 from torchvision import models as zoo
 

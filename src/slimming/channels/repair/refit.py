@@ -23,7 +23,7 @@ from slimming.channels.repair.survey import LayerCalls, Survey
 from slimming.errors import GraphError, PlanError
 
 RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal
-ROWS = 2**16  # positions of a layer's outputs, over all images, that its fit looks at
+ROWS = 2**15  # positions of a layer's outputs, over all images, that its fit looks at
 LARGEST = 2**14  # inputs of one output; the Gram matrix then takes 2 GiB, and as much again while it is solved
 MEMORY = 2**32  # bytes that all images may take in one operator of both networks
 SAME = 1e-5  # relative: a layer that differs by less from the dense one needs no repair
@@ -74,7 +74,7 @@ def refit(
     dense, repaired = shallow_copy(model).eval(), copy_model(thin).eval()
     surveys = [Survey(network) for network in (dense, repaired)]
     for survey in surveys:
-        survey.run(images[:1])
+        survey.run(images[:2])
     _check_memory(surveys, len(images))
     runs = surveys[1].calls
     thin_run = _Thin(repaired, plan, surveys[1], ridge)
@@ -103,16 +103,11 @@ def _check_memory(surveys: list[Survey], images: int) -> None:
 
 def _left(plan: PruningPlan, thin_run: "_Thin") -> dict[str, str]:
     """Return which layers lost inputs and were not looked at, and why."""
-    left = dict(thin_run.too_large)
-    for name, layer in plan.layers.items():
-        if (
-            len(layer.ins) < layer.size[0]
-            and layer.kind not in ("norm", "scale")
-            and name not in thin_run.seen | left.keys()
-        ):
-            transposed = layer.kind == "transposed"
-            left[name] = "a transposed convolution" if transposed else "not used as a convolution or linear layer"
-    return left
+    weighed = {n: layer for n, layer in plan.layers.items() if layer.kind not in ("norm", "scale")}
+    lost = [n for n, layer in weighed.items() if len(layer.ins) < layer.size[0] and n not in thin_run.seen]
+    reasons = {"transposed": "a transposed convolution"}
+    left = {n: reasons.get(weighed[n].kind, "its weight is not used by a convolution or linear operator") for n in lost}
+    return left | thin_run.too_large
 
 
 class _Dense(LayerCalls):

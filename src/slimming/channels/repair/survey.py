@@ -45,7 +45,7 @@ class Survey(LayerCalls):
 
     Attributes:
         calls: how often every layer runs, in the order in which they first run.
-        largest: bytes of the tensors that one operator reads and writes, without weights.
+        largest: bytes per image of the tensors that one operator reads and writes, without weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,6 +59,7 @@ class Survey(LayerCalls):
 
     def run(self, images: Tensor) -> Any:
         out = super().run(images)
+        self.largest //= len(images)
         for tensor in tensors_in(out):
             self._read(tensor, "")
         return out
