@@ -25,10 +25,10 @@ from slimming.folders import LOCK, claimed
 from slimming.records import config_differences, finished
 from slimming.stages.building import model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
-from slimming.stages.fitting import LAST
 from slimming.stages.precision import settled
 from slimming.stages.pruning import PRUNED, SILENT, prune
 from slimming.stages.reporting import report
+from slimming.stages.resuming import LAST
 from slimming.stages.running import run_on_devices
 from slimming.stages.training import train
 
