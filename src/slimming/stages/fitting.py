@@ -20,7 +20,7 @@ from slimming.ranks import torchrun_devices
 from slimming.records import Record
 from slimming.report import figures
 from slimming.stages import precision
-from slimming.stages.building import build, data_label, example_of, model_label, try_model
+from slimming.stages.building import build, build_trainer, data_label, example_of, model_label, try_model
 from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, size
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import Run, rank_zero
@@ -131,8 +131,7 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
 
 def _trainer(cfg: TrainConfig, run: Run, recorder: Recorder) -> pl.Trainer:
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
-    return build(
-        "trainer",
+    return build_trainer(
         cfg.trainer | torchrun_devices(),
         callbacks=[*lines, recorder, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
         logger=run.loggers,

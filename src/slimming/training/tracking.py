@@ -194,8 +194,10 @@ def _filled(stage: str, node: dict, out: Path, group: str, known: str | None) ->
 
 
 def _is_mistake(error: BaseException | None) -> bool:
-    """Return whether the arguments are to blame, not the disk or a server."""
-    return error is not None and (isinstance(error, TypeError) or _is_mistake(error.__cause__))
+    """Return whether the arguments or a missing login are to blame, not the disk or a server."""
+    if error is None:
+        return False
+    return isinstance(error, TypeError) or type(error).__name__ == "UsageError" or _is_mistake(error.__cause__)
 
 
 class _Attempts:
