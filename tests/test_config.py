@@ -100,6 +100,37 @@ def test_names_of_folders_hold_rounded_numbers_and_nothing_that_hydra_reads():
     ]
 
 
+PAPER = {  # Liu et al., section 4.3: epochs, batch, drops of the rate, lambda
+    "vgg19_cifar10": (160, 64, [0.5, 0.75], 1e-4),
+    "vgg19_cifar100": (160, 64, [0.5, 0.75], 1e-4),
+    "vgg19_svhn": (20, 64, [0.5, 0.75], 1e-4),
+    "preresnet164_cifar10": (160, 64, [0.5, 0.75], 1e-5),
+    "preresnet164_cifar100": (160, 64, [0.5, 0.75], 1e-5),
+    "preresnet164_svhn": (20, 64, [0.5, 0.75], 1e-5),
+    "densenet40_cifar10": (160, 64, [0.5, 0.75], 1e-5),
+    "densenet40_cifar100": (160, 64, [0.5, 0.75], 1e-5),
+    "densenet40_svhn": (20, 64, [0.5, 0.75], 1e-5),
+    "mlp_mnist": (30, 256, [0.3334, 0.6667], 1e-4),  # lambda is ours
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_an_experiment_named_after_the_paper_follows_it(name):
+    cfg = compose_config(f"experiment=paper/{name}")
+    epochs, batch, drops, sparsity = PAPER[name]
+    assert (cfg.trainer["max_epochs"], cfg.data["batch_size"], cfg.sparsity) == (epochs, batch, sparsity)
+    assert (cfg.scheduler["milestones"], cfg.scheduler["gamma"], cfg.scheduler["max_epochs"]) == (drops, 0.1, epochs)
+    sgd = cfg.optimizer
+    assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (0.1, 0.9, True, 1e-4)
+    assert sgd.get("dampening", 0) == 0 and cfg.model.get("gamma_init", 0.5) == 0.5 and cfg.decay_batchnorm
+    model = get_object(cfg.model["_target_"])
+    assert inspect.signature(model).parameters["gamma_init"].default == 0.5
+
+
+def test_every_experiment_of_the_paper_is_pinned():
+    assert {f"paper/{name}" for name in PAPER} == {name for name in EXPERIMENTS if name.startswith("paper/")}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_overrides_the_defaults(name):
     default, cfg = compose_config(), compose_config(f"experiment={name}")

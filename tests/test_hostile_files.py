@@ -17,7 +17,7 @@ from conftest import compose_config
 from slimming import checkpoint, models, reference
 from slimming.channels.plan import fingerprint
 from slimming.errors import CheckpointError, ConfigError, PlanError
-from slimming.stages.fitting import resume_point
+from slimming.stages.resuming import resume_point
 
 ARGUMENTS = {"widths": [8, "M", 8], "num_classes": 3}
 OURS = (CheckpointError, ConfigError, PlanError)

@@ -15,14 +15,14 @@ def test_normalise():
 def test_each_crop_is_a_window_of_the_padded_image_and_all_places_occur():
     images, fill = torch.rand(400, 2, 5, 6), torch.tensor([7.0, 8.0])
     crops = random_crop(images, 1, fill)
-    places = set()
+    positions = set()
     for image, crop in zip(images, crops, strict=True):
         padded = fill.view(2, 1, 1).expand(2, 7, 8).clone()
         padded[:, 1:6, 1:7] = image
         found = [(y, x) for y in range(3) for x in range(3) if torch.equal(padded[:, y : y + 5, x : x + 6], crop)]
         assert len(found) == 1
-        places |= set(found)
-    assert len(places) == 9
+        positions |= set(found)
+    assert len(positions) == 9
 
 
 def test_flips_are_mirrors_about_half_the_time():

@@ -1,4 +1,4 @@
-"""Folders that are decoded while training: reproducible, bounded in memory, refused with a word."""
+"""Folders that are decoded while training: reproducible, bounded in memory, refused with a reason."""
 
 import os
 import shutil

@@ -154,7 +154,7 @@ def results(folder: Path):
 
         def read():
             found = collect(folder)
-            return [(r.accuracy, r.sparsity, r.dense, r.identity, r.seeds, r.passes) for r in found.runs]
+            return [(r.asked, r.removed, r.dense, r.latency_share, r.identity, r.seeds, r.passes) for r in found.runs]
 
         return read
 

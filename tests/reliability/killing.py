@@ -162,6 +162,7 @@ def main(command: str, first: int, count: int, folder: Path) -> None:
     report = {
         "kills": count,
         "before_the_end": sum(STRUCK),
+        "resumed": sum(RESUMED),
         "seconds": seconds,
         "wrong": {k: v for k, v in wrong.items() if v},
     }

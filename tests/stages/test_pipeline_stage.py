@@ -241,3 +241,9 @@ def test_a_logger_that_is_not_installed_is_recorded_as_the_cause(stage, tmp_path
         getattr(stages, stage)(compose_config(*setting, "logger=wandb", name=stage), tmp_path / "run")
     out = tmp_path / "run" / ("sparse" if stage == "slim" else ".")
     assert "pip install" in result(out)["error"] and not (out / "last.ckpt").exists()
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_the_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"ignore: 'featur\.\*' matches no BatchNorm; there are feature\.1"):
+        slim(tmp_path / "run", "ratio=0.5", "ignore=[featur.*]")
+    assert not (tmp_path / "run").exists()

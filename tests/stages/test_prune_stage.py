@@ -436,7 +436,7 @@ def test_a_repair_is_recorded_and_is_what_the_library_does(sparse, tmp_path, cap
     plan = slimming.trace(model, torch.zeros(1, 1, 8, 8)).plan(slimming.GlobalRatio(0.5))
     data = Digits(image_size=8, crop=1, val_size=100, seed=1)
     data.setup()
-    images = torch.cat([*data.training_batches(4, torch.device("cpu"))])[:200]
+    images = torch.cat([*data.training_batches(4, torch.device("cpu"), augment=False)])[:200]
     ours = slimming.repair(model, slimming.prune(model, plan), plan, [images], ridge=1e-2)
     assert same({f"model.{k}": v for k, v in ours.state_dict().items()}, state(tmp_path))
 
@@ -450,13 +450,15 @@ def test_a_repair_comes_before_the_calibration(sparse, tmp_path, capsys):
     assert "repaired on 128 images and calibrated on 3 batches" in capsys.readouterr().out
 
 
-def test_repair_is_off_unless_asked_for_and_may_be_asked_for_in_two_ways(sparse):
-    def repair(*overrides):
-        return compose_config(f"checkpoint={sparse}", "ratio=0.5", *overrides, name="prune").repair
+def test_repair_is_off_unless_asked_for_and_takes_the_place_of_calibration(sparse):
+    def found(*overrides):
+        cfg = compose_config(f"checkpoint={sparse}", "ratio=0.5", *overrides, name="prune")
+        return cfg.repair and cfg.repair.images, cfg.calibrate.batches
 
-    assert repair() is repair("repair=false") is repair("repair.images=0") is None
-    assert repair("repair=true") == repair("repair.images=2000")
-    assert repair("repair.images=300", "repair.ridge=0.1").ridge == 0.1
+    assert found() == found("repair=false") == found("repair.images=0") == (None, 100)
+    assert found("repair=true") == found("repair.images=2000") == (2000, 0)
+    assert found("repair.images=300", "repair.ridge=0.1", "calibrate.batches=7") == (300, 7)
+    assert found("calibrate.batches=0") == (None, 0)
 
 
 @pytest.mark.parametrize(

@@ -352,3 +352,14 @@ def test_a_killed_training_resumes(tmp_path):
     done = run(*long, "resume=true")
     assert done.returncode == 0 and "resuming after epoch" in done.stdout
     assert [r["epoch"] for r in result(out)["history"]] == list(range(1, 61))
+
+
+def test_a_logger_that_cannot_start_does_not_end_the_training(small, tmp_path, monkeypatch, capsys):
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    def broken(self):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
+    assert 0 <= stages.train(small("logger=tensorboard"), tmp_path) <= 1
+    assert "logger=tensorboard has failed" in capsys.readouterr().err

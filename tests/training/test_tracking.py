@@ -12,11 +12,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from reference import Net
-from slimming.stages.building import build
 
 from conftest import ROOT, compose_config
 from slimming.data import Digits
 from slimming.errors import ConfigError
+from slimming.stages.building import build
 from slimming.training.module import SlimmingModule
 from slimming.training.recorder import Recorder
 from slimming.training.tracking import IDS, Tracking, final_metrics, group_of

@@ -43,6 +43,8 @@ def along(atoms: Tensor, axis: int, ndim: int) -> Tensor:
 
 def broadcast(*shapes: torch.Size) -> torch.Size:
     """Return the shape to which all of these are broadcast."""
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
     shape: torch.Size = torch.broadcast_shapes(*shapes)
     return shape
 

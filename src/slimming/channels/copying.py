@@ -2,12 +2,14 @@
 
 import copy
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = {"_parameters", "_buffers", "_modules"}
+_EMPTY = (dict, OrderedDict, set)
 _SHARED = {int, float, str, bool, type(None), type, torch.dtype, types.FunctionType, types.BuiltinFunctionType}
 
 
@@ -50,12 +52,12 @@ def _contents(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     new: dict[str, Any] = {}
     for key, value in module.__dict__.items():
         kind = type(value)
-        if key in _CONTAINERS:
-            new[key] = {k: None if v is None else _known(v, memo) for k, v in value.items()} if value else {}
-        elif kind in _SHARED or (kind is tuple and all(type(v) in _SHARED for v in value)):
+        if kind in _SHARED or (kind is tuple and all(type(v) in _SHARED for v in value)):
             new[key] = value
-        elif isinstance(value, dict | set) and not value:
-            new[key] = value.copy()
+        elif kind in _EMPTY and not value:
+            new[key] = kind()
+        elif key in _CONTAINERS:
+            new[key] = {k: None if v is None else _known(v, memo) for k, v in value.items()}
         else:
             new[key] = copy.deepcopy(value, memo)
     return new

@@ -125,4 +125,4 @@ def tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
+    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []

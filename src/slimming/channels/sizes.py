@@ -130,7 +130,7 @@ class Given:
 
 def _collect(values: Iterable[Any], given: Given) -> Given:
     """Note the numbers in nested arguments."""
-    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    numbers = [value for value in values if isinstance(value, int) and value is not True and value is not False]
     if len(numbers) > 1:
         given.sequences.append(numbers)
     for value in values:

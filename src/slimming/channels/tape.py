@@ -87,6 +87,7 @@ class Tape:
         self.fixed: dict[str, str] = {}  # norms that stay whole, and why
         self.zeros: list[Zero] = []
         self.uses: list[Use] = []
+        self.first_uses: dict[str, Use] = {}  # by name
         self.products: list[Product] = []
         self.sources: dict[str, Tensor] = {}  # what a SelectBatchNorm selects from, until it runs
         self.other_macs = 0  # of what no rule resizes
@@ -106,6 +107,7 @@ class Tape:
         self.count, self.other_macs, *lengths = mark
         for entries, length in zip(self._lists(), lengths, strict=True):
             del entries[length:]
+        self.first_uses = {use.name: use for use in reversed(self.uses)}
 
     def fresh(self, shape: Sequence[int]) -> Tensor:
         """Return new atoms of a compact shape."""
@@ -119,8 +121,7 @@ class Tape:
             return
         if a.shape != b.shape:
             a, b = torch.broadcast_tensors(a, b)
-        pairs = torch.stack((a.reshape(-1), b.reshape(-1)))
-        self.ties.append(pairs[:, pairs[0] != pairs[1]])
+        self.ties.append(torch.stack((a.reshape(-1), b.reshape(-1))))
 
     def freeze(self, atoms: Tensor, reason: str) -> None:
         self.frozen.append((atoms.reshape(-1), reason))
@@ -173,8 +174,8 @@ class Tape:
 
     def use(self, use: Use) -> None:
         """Note a use; the atoms of a layer that was used before are tied to those of its first use."""
-        first = next((other for other in self.uses if other.name == use.name), None)
-        if first is not None:
+        first = self.first_uses.setdefault(use.name, use)
+        if first is not use:
             self.tie(first.read, use.read)
             self.tie(first.write, use.write)
             if first.source is not None and use.source is not None:

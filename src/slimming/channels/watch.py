@@ -19,6 +19,7 @@ from slimming.channels.rules import RULES, Call
 from slimming.channels.sizes import SizeMode
 from slimming.channels.tape import Tape, UnsupportedOperator
 
+_NESTED = (list, tuple)  # no `list | tuple`, which is made anew in every call
 VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze")
 
 
@@ -50,7 +51,7 @@ class Watcher(TorchDispatchMode):
         if name is None or not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return
         reads = any(id(t) in self.known for t in tensors_in(args))
-        if reads and all(use.name != name for use in self.tape.uses[self.tape_start :]):
+        if reads and all(use.name != name for use in reversed(self.tape.uses[self.tape_start :])):
             mode = "train" if module.training else "eval"
             reason = f"its forward does not call batch_norm on its own weights in {mode} mode"
             self.tape.fixed.setdefault(name, reason)
@@ -201,7 +202,7 @@ def flat(values: Iterable[Any]) -> list[Any]:
     """Return the items of nested lists and tuples."""
     found = []
     for value in values:
-        if isinstance(value, list | tuple):
+        if isinstance(value, _NESTED):
             found += flat(value)
         else:
             found.append(value)

@@ -10,6 +10,7 @@ from slimming.options import check_options
 
 DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
 REPAIR_IMAGES = 2000  # that repair=true stands for
+CALIBRATION_BATCHES = 100  # where there is no repair, after which calibration takes more than it gives
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
@@ -26,6 +27,8 @@ def check(cfg: DictConfig) -> Any:
     check_options(config)
     if isinstance(config, PruneOptions):
         config.repair = _repair(config.repair)
+        if config.calibrate.batches is None:
+            config.calibrate.batches = 0 if config.repair else CALIBRATION_BATCHES
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
     for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
         if isinstance(config, kind):

@@ -67,9 +67,10 @@ class BudgetConfig:
 class CalibrateConfig:
     """Calibration of the BatchNorm statistics after pruning."""
 
-    batches: int = option(
-        100,
-        "training batches to re-estimate the BatchNorm statistics on; 0: not at all, as in the paper's code",
+    batches: int | None = option(
+        None,
+        "training batches to re-estimate the BatchNorm statistics on; null: 100, none after a repair; 0: not at all, as in "
+        "the paper's code",
         low=0,
         whole=True,
     )
@@ -115,9 +116,8 @@ class PruneOptions(PlanOptions):
         "implementations do",
         choices=("exact", "reference"),
     )
-    repair: Any = field(
-        default_factory=RepairConfig
-    )  # Any: true and false may stand for it; None in a checked one: off
+    # Any: true and false may stand for a RepairConfig; in a checked configuration None says that it is off.
+    repair: Any = field(default_factory=RepairConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     test: bool = option(True, "measure the accuracy before pruning, before calibration and after it")
     latency_batch: int = option(

@@ -10,7 +10,7 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 
 
 def random_crop(images: torch.Tensor, padding: int, fill: torch.Tensor) -> torch.Tensor:
-    """Pad every side of (N, C, H, W) by `padding` pixels of colour `fill` (C,), crop H x W at a random place each."""
+    """Pad every side of (N, C, H, W) by `padding` pixels of colour `fill` (C,), crop H x W at a random position each."""
     n, c, h, w = images.shape
     padded = fill.view(-1, 1, 1).to(images).expand(n, c, h + 2 * padding, w + 2 * padding).clone()
     padded[:, :, padding : padding + h, padding : padding + w] = images

@@ -170,8 +170,12 @@ class ImageData(LightningDataModule):
             images = random_flip(images)
         return images
 
-    def training_batches(self, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield `count` batches (N, C, H, W) of training images as a training sees them, the same ones each time."""
+    def training_batches(self, count: int, device: torch.device, augment: bool = True) -> Iterator[torch.Tensor]:
+        """Yield `count` batches (N, C, H, W) of training images as a training sees them, the same ones each time.
+
+        Args:
+            augment: whether images that are augmented on the device are augmented here, too.
+        """
         loader = self.train_dataloader()
         for number in range(count):
             epoch, position = divmod(number, len(loader))
@@ -179,7 +183,7 @@ class ImageData(LightningDataModule):
                 torch.manual_seed(mix(self.seed, epoch))
                 loader.sampler.set_epoch(epoch)
                 batches = iter(loader)
-            yield self.transform(next(batches)[0].to(device), self.augment)
+            yield self.transform(next(batches)[0].to(device), self.augment and augment)
 
 
 def split_off(labels: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimming.errors import ConfigError, check_number
-from slimming.models.init import check_head, initialise
+from slimming.models.init import check_io_shape, initialise
 
 
 class DenseLayer(nn.Module):
@@ -42,7 +42,7 @@ class DenseNet(nn.Module):
         self, depth: int, growth: int, init_channels: int, num_classes: int, in_channels: int, gamma_init: float
     ):
         super().__init__()
-        check_head(num_classes, in_channels)
+        check_io_shape(num_classes, in_channels)
         self.conv1 = nn.Conv2d(in_channels, init_channels, 3, padding=1, bias=False)
         channels, stages = init_channels, []
         for stage in range(3):
@@ -60,9 +60,9 @@ class DenseNet(nn.Module):
         initialise(self, gamma_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.trans1(self.dense1(self.conv1(x)))
-        x = self.dense3(self.trans2(self.dense2(x)))
-        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+        x = self.trans1(self.dense1(self.conv1(x)))  # (N, C, H / 2, W / 2)
+        x = self.dense3(self.trans2(self.dense2(x)))  # (N, C', H / 4, W / 4)
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))  # (N, num_classes)
 
 
 def densenet(
@@ -73,7 +73,7 @@ def densenet(
     in_channels: int = 3,
     gamma_init: float = 0.5,
 ) -> DenseNet:
-    """Build a DenseNet of `depth` = 3n + 4; 16 initial channels is the paper's count, 24 the public PyTorch port's.
+    """Build a DenseNet of `depth` = 3n + 4; 16 initial channels is the paper's count, 24 the PyTorch reference's.
 
     Source: Huang et al., arXiv:1608.06993; Network Slimming section 4.2 (DenseNet-40, growth 12).
     Raises:

@@ -24,7 +24,7 @@ def initialise(model: nn.Module, gamma_init: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_head(num_classes: int, in_channels: int) -> None:
+def check_io_shape(num_classes: int, in_channels: int) -> None:
     """Raise ConfigError unless both are whole numbers >= 1."""
     check_number("num_classes", num_classes, 1, whole=True)
     check_number("in_channels", in_channels, 1, whole=True)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimming.errors import check_number
-from slimming.models.init import check_head, initialise
+from slimming.models.init import check_io_shape, initialise
 
 
 class MLP(nn.Module):
@@ -18,7 +18,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], image_size: int, num_classes: int, in_channels: int, gamma_init: float):
         super().__init__()
-        check_head(num_classes, in_channels)
+        check_io_shape(num_classes, in_channels)
         self.image_size = image_size
         layers: list[nn.Module] = []
         features = in_channels * image_size**2

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimming.errors import ConfigError, check_number
-from slimming.models.init import check_head, initialise
+from slimming.models.init import check_io_shape, initialise
 
 EXPANSION = 4
 
@@ -41,7 +41,7 @@ class PreResNet(nn.Module):
 
     def __init__(self, depth: int, width: float, num_classes: int, in_channels: int, gamma_init: float):
         super().__init__()
-        check_head(num_classes, in_channels)
+        check_io_shape(num_classes, in_channels)
         stem, *planes = (max(1, round(c * width)) for c in (16, 16, 32, 64))
         self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
         channels = stem
@@ -56,8 +56,8 @@ class PreResNet(nn.Module):
         initialise(self, gamma_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # (N, 256 * width, H / 4, W / 4)
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))  # (N, num_classes)
 
 
 def preresnet(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from slimming.errors import ConfigError
-from slimming.models.init import check_head, set_gammas
+from slimming.models.init import check_io_shape, set_gammas
 
 DEFAULT = "DEFAULT"
 
@@ -30,7 +30,7 @@ def timm(
         ConfigError: timm is not installed, an unknown name or tag, or weights that cannot be had.
     """
     library = _library()
-    check_head(num_classes, in_channels)
+    check_io_shape(num_classes, in_channels)
     _check_name(library, name)
     arguments = {"num_classes": num_classes, "in_chans": in_channels}
     if weights is None:

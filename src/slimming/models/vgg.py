@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from slimming.errors import ConfigError, check_choice, check_number
-from slimming.models.init import check_head, initialise
+from slimming.models.init import check_io_shape, initialise
 
 WIDTHS = {  # 'M' is a 2x2 max pooling
     11: [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512],
@@ -47,13 +47,13 @@ class VGG(nn.Module):
 
     def __init__(self, widths: Sequence[int | str], num_classes: int, in_channels: int, gamma_init: float):
         super().__init__()
-        check_head(num_classes, in_channels)
+        check_io_shape(num_classes, in_channels)
         self.feature = conv_stack(widths, in_channels)
         self.classifier = nn.Linear([w for w in widths if w != "M"][-1], num_classes)
         initialise(self, gamma_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.feature(x).mean((2, 3)))
+        return self.classifier(self.feature(x).mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, num_classes)
 
 
 def vgg(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from slimming.errors import ConfigError
-from slimming.models.init import check_head, set_gammas
+from slimming.models.init import check_io_shape, set_gammas
 
 NORMALISING = ("googlenet", "inception_v3")  # with pretrained weights they change the normalisation of their input
 
@@ -33,15 +33,17 @@ def torchvision(
     """
     from torchvision import models
 
-    check_head(num_classes, in_channels)
+    check_io_shape(num_classes, in_channels)
     known = models.list_models(module=models)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
         raise ConfigError(f"model.name={name!r} is not a torchvision classification model; {hint}")
     # These two warn unless told how to initialise; True is what they do today.
-    told = {"init_weights": True} if name in NORMALISING and weights is None else {}
-    model = models.get_model(name, weights=None, **told) if weights is None else _pretrained(models, name, weights)
+    initialise = {"init_weights": True} if name in NORMALISING and weights is None else {}
+    model = (
+        models.get_model(name, weights=None, **initialise) if weights is None else _pretrained(models, name, weights)
+    )
     if transform_input and name in NORMALISING:
         model.transform_input = True
     _fit_head(model, num_classes)
@@ -92,6 +94,6 @@ def _fit_stem(model: nn.Module, in_channels: int) -> None:
     if getattr(model, "transform_input", False):
         model.transform_input = False  # GoogLeNet and Inception with weights: arithmetic on three colours
     with torch.no_grad():  # the same response to a grey image as the colour network has
-        grey = stem.weight.sum(1, keepdim=True).div(in_channels)
+        grey = stem.weight.sum(1, keepdim=True).div(in_channels)  # (out channels, 1, k, k)
     stem.weight = nn.Parameter(grey.repeat(1, in_channels, 1, 1))
     stem.in_channels = in_channels

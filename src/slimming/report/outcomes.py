@@ -93,12 +93,14 @@ def options(run: Run) -> list[str]:
     defaults = {"ties": "together", "score": "gamma", "reduce": "max", "convention": "exact"}
     defaults |= {"min_channels": 1, "max_layer_ratio": 1.0, "round_to": 1, "ignore": []}
     words += [f"{k} {config[k]}" for k, default in defaults.items() if config.get(k, default) != default]
+    words += ["repaired"] * bool(config.get("repair"))
     return words + [f"pass {run.passes}"] * (run.passes > 1)
 
 
 def _kinds(run: Run) -> list[Kind]:
     if run.role == "pruned":
-        calibrated = (run.result["config"].get("calibrate") or {}).get("batches")
+        config = run.result["config"]
+        calibrated = (config.get("calibrate") or {}).get("batches") or config.get("repair")  # the column of what mends
         return [Kind.BEFORE_CALIBRATION, *[Kind.CALIBRATED] * bool(calibrated)]
     if run.role in ("finetuned", "scratch"):
         return [Kind.FINETUNED if run.role == "finetuned" else Kind.SCRATCH]

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import hydra
+import lightning.pytorch as pl
 import torch
 from hydra.errors import InstantiationException
 from torch import nn
@@ -29,6 +30,17 @@ def build(key: str, node: dict, **more) -> Any:
         raise ConfigError(f"{key}: {' '.join(str(cause).split())}") from error
     except Exception as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def build_trainer(node: dict, **objects: Any) -> pl.Trainer:
+    """Build a Trainer; `objects` (callbacks, loggers) are handed over as they are, without OmegaConf looking into them."""
+    factory = build("trainer", node, _partial_=True)
+    try:
+        return factory(**objects)
+    except SlimmingError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def build_data(node: dict) -> ImageData:

@@ -19,9 +19,10 @@ from slimming.errors import ConfigError, check_number
 from slimming.models import redraw
 from slimming.records import Record, Result
 from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, io_shape, model_spec, try_model
-from slimming.stages.fitting import LAST, Network, fit, resume_point
+from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
+from slimming.stages.resuming import LAST, resume_point
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")

@@ -8,6 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from slimming.config import (
     DistillConfig,
     FinetuneConfig,
@@ -20,15 +23,15 @@ from slimming.config import (
     ratios,
     tag,
 )
-from slimming.errors import RunDirectoryError
+from slimming.errors import RunDirectoryError, check_patterns
 from slimming.folders import LOCK, claimed
 from slimming.records import config_differences, finished
-from slimming.stages.building import model_spec
+from slimming.stages.building import build, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
-from slimming.stages.fitting import LAST
 from slimming.stages.precision import settled
 from slimming.stages.pruning import PRUNED, SILENT, prune
 from slimming.stages.reporting import report
+from slimming.stages.resuming import LAST
 from slimming.stages.running import run_on_devices
 from slimming.stages.training import train
 
@@ -45,8 +48,23 @@ def slim(cfg: SlimConfig, out: Path) -> float:
     Raises:
         SlimmingError: of the stages; or `out` holds a stage of another configuration.
     """
+    _check_ignored(cfg)
     with claimed(out):
         return _slim(cfg, out)
+
+
+def _check_ignored(cfg: SlimConfig) -> None:
+    """Raise ConfigError if a pattern to ignore matches no BatchNorm: now, not after the sparse training."""
+    if not cfg.ignore:
+        return
+    fresh = {"weights": None} if "weights" in cfg.model else {}
+    try:
+        with torch.device("meta"):  # names are all that is needed; they do not depend on the data
+            model = build("model", cfg.model | fresh, num_classes=10, in_channels=3)
+    except Exception:  # a constructor that computes with its weights; pruning will check the patterns
+        return
+    names = (name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    check_patterns("ignore", cfg.ignore, names, "BatchNorm")
 
 
 def _slim(cfg: SlimConfig, out: Path) -> float:

@@ -24,12 +24,12 @@ from slimming.files import write_text
 from slimming.records import Result
 from slimming.report import figures
 from slimming.stages.building import build, data_label, dtype_of, try_model
-from slimming.stages.fitting import LAST
 from slimming.stages.measuring import accuracies, latencies, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import Run, quiet, recorded, relative
 from slimming.stages.repairing import repaired
+from slimming.stages.resuming import LAST
 from slimming.stages.sources import Source, load_source
 from slimming.training.recorder import BINS, histogram
 

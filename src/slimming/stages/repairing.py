@@ -29,7 +29,7 @@ def repaired(
     """
     device = trainer.strategy.root_device
     count = -(-cfg.images // data.batch_size)
-    images = torch.cat([*data.training_batches(count, device)])[: cfg.images].to(dtype_of(networks[1]))
+    images = torch.cat([*data.training_batches(count, device, augment=False)])[: cfg.images].to(dtype_of(networks[1]))
     dense, thin = (network.to(device) for network in networks)
     begun = time.monotonic()
     found = refit(dense, thin, plan, [images], cfg.ridge)

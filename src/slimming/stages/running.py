@@ -18,9 +18,9 @@ from slimming.ranks import started_externally
 from slimming.records import finished, write_failure
 from slimming.stages.building import build, inherit
 from slimming.stages.finetuning import finetune
-from slimming.stages.fitting import LAST
 from slimming.stages.precision import AUTO, settled
 from slimming.stages.recording import cause, quiet
+from slimming.stages.resuming import LAST
 from slimming.stages.training import train
 from slimming.training import launcher
 

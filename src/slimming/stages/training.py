@@ -12,8 +12,9 @@ from slimming.config import TrainConfig, plain
 from slimming.records import Record, Result
 from slimming.stages import precision
 from slimming.stages.building import build, build_data, example_of, io_shape, model_spec, try_model
-from slimming.stages.fitting import LAST, Network, fit, resume_point
+from slimming.stages.fitting import Network, fit
 from slimming.stages.recording import recorded, relative
+from slimming.stages.resuming import LAST, resume_point
 
 
 def train(cfg: TrainConfig, out: Path) -> float:

@@ -48,7 +48,7 @@ def start_ranks(job: dict, processes: int) -> None:
             while None in codes and not any(codes):
                 time.sleep(POLL_S)
                 codes = [rank.poll() for rank in ranks]
-        except KeyboardInterrupt:  # the terminal has told the ranks as well; Lightning closes down
+        except KeyboardInterrupt:  # the terminal sends it to the ranks as well; Lightning closes them down
             _end(ranks, signal.SIGINT)
             raise
         if any(codes):
@@ -115,7 +115,7 @@ def _raise_first(job_folder: Path, codes: list[int | None]) -> None:
     log = job_folder / f"rank-{rank}.log"
     output = log.read_text()[-2000:] if log.exists() else ""
     raise TrainingError(
-        f"rank {rank} ended with code {codes[rank]} without a word; the other ranks were ended\n{output}"
+        f"rank {rank} ended with code {codes[rank]} without a message; the other ranks were ended\n{output}"
     )
 
 

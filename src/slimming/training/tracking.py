@@ -1,7 +1,7 @@
 """Where a run can be followed: TensorBoard, Weights & Biases, MLflow, with all stages of a chain in one group.
 
 A run is worth more than its log. A package that is not installed or a wrong value is an error before anything is trained. What
-goes wrong later (a server that is gone, a full disk) is told in one line, that logger gets no further calls, and the run
+goes wrong later (a server that is gone, a full disk) is reported in one line, that logger gets no further calls, and the run
 goes on: metrics.csv and result.json hold everything that loggers get.
 """
 
@@ -162,7 +162,7 @@ def open_loggers(
         except Exception as error:
             if _is_mistake(error):
                 raise ConfigError(f"logger.{key}: {' '.join(str(error).split())}") from error
-            _tell(key, error)
+            _report(key, error)
             logger = DummyLogger()
         _guard(key, logger)
         if isinstance(logger, WandbLogger | MLFlowLogger):
@@ -194,12 +194,14 @@ def _filled(stage: str, node: dict, out: Path, group: str, known: str | None) ->
 
 
 def _is_mistake(error: BaseException | None) -> bool:
-    """Return whether the arguments are to blame, not the disk or a server."""
-    return error is not None and (isinstance(error, TypeError) or _is_mistake(error.__cause__))
+    """Return whether the arguments or a missing login are to blame, not the disk or a server."""
+    if error is None:
+        return False
+    return isinstance(error, TypeError) or type(error).__name__ == "UsageError" or _is_mistake(error.__cause__)
 
 
 class _Attempts:
-    """Calls to one logger, of which the first that fails is told and the last that is made."""
+    """Calls to one logger: the first that fails is reported, and no more are made after it."""
 
     def __init__(self, key: str):
         self.key, self.failed = key, False
@@ -210,7 +212,7 @@ class _Attempts:
                 return function(*args, **kwargs)
             except Exception as error:
                 self.failed = True
-                _tell(self.key, error)
+                _report(self.key, error)
         return None
 
 
@@ -226,7 +228,7 @@ def _attempt(logger: Logger, function: Callable, *args) -> None:
     getattr(logger, "attempt", lambda call, *given: call(*given))(function, *args)
 
 
-def _tell(key: str, error: Exception) -> None:
+def _report(key: str, error: Exception) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     print(
         f"WARNING: logger={key} has failed and gets nothing more of this stage ({reason}); the run goes on, "

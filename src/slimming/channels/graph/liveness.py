@@ -48,7 +48,7 @@ def solve(graph: Structure, kept: Tensor, forced: Tensor) -> Solution:
     live[needed_by_products(graph, zero)] = True
     pending = [step for step in reversed(graph.steps) if step.use.kind not in CARRYING]
     before = -1
-    while before != (before := int(live.sum())):
+    while before != (before := int(live.count_nonzero())):
         pending = [step for step in pending if not _wake(step, live, zero, kept)]
     return Solution(live, kept & live[graph.slots])
 
@@ -56,10 +56,11 @@ def solve(graph: Structure, kept: Tensor, forced: Tensor) -> Solution:
 def _wake(step: Step, live: Tensor, zero: Tensor, kept: Tensor) -> bool:
     """Let what a step needs live, given what lives of its output; return whether it can need no more."""
     use, reads, writes, norm = step
+    needed = live.index_select(0, writes)  # index_select and index_fill_ take half the time of brackets
     if use.kind == "norm":
-        live[reads[live[writes] if norm is None else live[writes] & kept[norm.all]]] = True
+        live.index_fill_(0, reads[needed if norm is None else needed & kept[norm.all]], True)
         return False
-    if not bool(live[writes].any()):
+    if not bool(needed.any()):
         return False
-    live[reads[~zero[use.read]]] = True
+    live.index_fill_(0, reads[~zero.index_select(0, use.read)], True)
     return True

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimming.channels.criteria import Choice
@@ -22,7 +23,7 @@ def layer_plans(graph: Structure, solution: Solution) -> dict[str, LayerPlan]:
 
 
 def _weight_plan(step: Step, live: Tensor) -> LayerPlan | None:
-    use, reads, writes = step.use, live[step.reads], live[step.writes]
+    use, reads, writes = step.use, live.index_select(0, step.reads), live.index_select(0, step.writes)
     if bool(reads.all()) and bool(writes.all()):
         return None
     size = (len(reads), len(writes))
@@ -40,7 +41,7 @@ def _norm_plan(graph: Structure, step: Step, solution: Solution) -> LayerPlan | 
     old_select, old_scatter = (getattr(module, side, None) for side in ("select", "scatter"))  # of a SelectBatchNorm
     indices = _indices(kept)
     source, target = live[graph.component[use.source]], live[graph.component[use.target]]
-    width = int(target.sum())
+    width = int(target.count_nonzero())
     select = _position_among_kept(source, old_select, kept)
     scatter = _position_among_kept(target, old_scatter, kept)
     before = [None if t is None else t.tolist() for t in (old_select, old_scatter)]
@@ -57,9 +58,11 @@ def _position_among_kept(stays: Tensor, index: Tensor | None, kept: Tensor) -> l
         index: (C,) the tensor's channel for each channel of the norm; None: the same.
         kept: (C,) bool, the norm's channels that stay.
     """
+    if index is None and torch.equal(stays, kept):
+        return None
     position = stays.long().cumsum(0) - 1
     found: list[int] = (position if index is None else position[index.cpu()])[kept].tolist()
-    return None if found == list(range(int(stays.sum()))) else found
+    return None if found == list(range(int(stays.count_nonzero()))) else found
 
 
 def _indices(mask: Tensor) -> list[int]:

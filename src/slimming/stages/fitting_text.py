@@ -1,0 +1,75 @@
+"""What a training says at its start and its end."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+
+from slimming.channels.cost import Cost
+from slimming.channels.penalty import max_shrinkage, near_zero_share
+from slimming.checkpoint import Checkpoint
+from slimming.config import TrainConfig
+from slimming.data import ImageData
+from slimming.stages import precision
+from slimming.stages.measuring import uncounted
+from slimming.training.module import SlimmingModule
+from slimming.training.recorder import Recorder
+
+Say = Callable[..., None]  # prints on the first rank
+
+
+@dataclass
+class Rates:
+    """What is known of an optimizer before it runs: its learning rate in every epoch, and SGD's momentum (else None)."""
+
+    per_epoch: list[float]
+    momentum: float | None
+
+
+def size(costs: Cost) -> str:
+    return f"{costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs{uncounted(costs.record())}"
+
+
+def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rates: Rates, data: ImageData) -> None:
+    """Say what is penalised, and whether the penalty can bring a gamma to zero in this run."""
+    say, gammas = trainer.print, module.penalty.flat()
+    penalty = f"penalised, lambda {cfg.sparsity:g}" if cfg.sparsity else "not penalised"
+    say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
+    if not cfg.sparsity:
+        return
+    if rates.momentum is None:
+        say("  maximum shrinkage: known for SGD only, not for this optimizer")
+        return
+    lr_sum = sum(rates.per_epoch) * _steps_per_epoch(data, trainer)
+    shrinkage, start = max_shrinkage(cfg.sparsity, lr_sum, rates.momentum), float(gammas.median())
+    say(
+        f"  maximum shrinkage: the penalty alone can move a gamma by {shrinkage:.3g}; they start at {start:.3g} (median)"
+    )
+    if shrinkage < start:
+        say(f"  WARNING: {shrinkage:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
+        say(f"  Train longer, or raise sparsity to {cfg.sparsity * start / shrinkage:.1e} or more")
+
+
+def announce_start(say: Say, cfg: TrainConfig, trainer: pl.Trainer, start: Checkpoint | None) -> None:
+    precision.tell(say, trainer)
+    if start:
+        say(f"  resuming after epoch {start.content['epoch'] + 1} of {trainer.max_epochs}")
+    elif cfg.resume:
+        say("  nothing to resume in the run directory yet: starting from the beginning")
+
+
+def _steps_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:
+    """Count optimizer steps of an epoch over all devices."""
+    batches = math.ceil(len(data.splits["train"]) / data.batch_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def conclude(trainer: pl.Trainer, module: SlimmingModule, recorder: Recorder, metrics: dict[str, float]) -> None:
+    best = f"; best.ckpt: epoch {recorder.best['epoch']}, val {recorder.best['val/acc']:.2%}" if recorder.best else ""
+    trainer.print(
+        f"test accuracy {metrics.get('test/acc', math.nan):.2%} after epoch {trainer.max_epochs}{best}; "
+        f"{near_zero_share(module.penalty.flat()):.1%} of the gammas are below 1% of the largest"
+    )
