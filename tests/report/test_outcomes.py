@@ -137,3 +137,14 @@ def test_a_run_that_is_there_twice_counts_once(tmp_path):
         write(tmp_path, name, trained("sparse"))
     (outcome,) = outcomes(collect(tmp_path).runs)
     assert isinstance(outcome, Outcome) and len(outcome.runs) == 1
+
+
+def test_a_repaired_pruning_stands_beside_the_calibrated_one(tmp_path):
+    write(tmp_path, "0", trained("sparse"))
+    write(tmp_path, "1", pruned("../0/last.ckpt", 0.5))
+    repair = {"repair": {"images": 2000, "ridge": 1e-3}, "calibrate": {"batches": 0}}
+    write(tmp_path, "2", pruned("../0/last.ckpt", 0.5, **repair))
+    found = {
+        words.setting(o.first): o.accuracies for o in outcomes(collect(tmp_path).runs) if o.kind == Kind.CALIBRATED
+    }
+    assert found == {"lambda 0.0001, 3 epochs": [0.75], "lambda 0.0001, 3 epochs, repaired": [0.75]}
