@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimming.records import ROLES
+from slimming.records import RESULT_FORMAT, ROLES
 from slimming.report.runs import Run
 
 NEEDED = {"role": str, "model": str, "metrics": dict, "cost": dict, "config": dict}
@@ -64,8 +64,8 @@ def _fault(result: Any) -> str:
     """Return why a file's content is not a result, "" if it is one."""
     if not isinstance(result, dict) or "format" not in result:
         return "not a result of ours"
-    if result["format"] != 1:
-        return f"format {result['format']!r}, this version reads 1"
+    if result["format"] != RESULT_FORMAT:
+        return f"format {result['format']!r}, this version reads {RESULT_FORMAT}"
     if result.get("status") == "failed":
         return ""
     if result.get("status") != "finished":

@@ -13,6 +13,7 @@ STYLES = {  # of the kinds of network in `tradeoff`, the last drawn above the ot
     Kind.SPARSE: {"marker": "s", "color": GREY, "markersize": 6},
     Kind.BEFORE_CALIBRATION: {"marker": "o", "color": "#5fa2ce", "markersize": 5, "mfc": "white"},
     Kind.CALIBRATED: {"marker": "o", "color": DARK, "markersize": 5},
+    Kind.REPAIRED: {"marker": "D", "color": "#7b3294", "markersize": 6},
     Kind.FINETUNED: {"marker": "*", "color": MIDDLE, "markersize": 12},
     Kind.SCRATCH: {"marker": "X", "color": "#b35806", "markersize": 8},
     Kind.BASELINE: {"marker": "P", "color": "black", "markersize": 9},
@@ -41,7 +42,7 @@ def tradeoff(panels: dict[str, Points], path: Path) -> None:
         axes.set_xlim(0, 1.06 * max(point.x for kind in points.values() for point in kind))
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("test accuracy (%)")
-    figure.legend(*row[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6)
+    figure.legend(*row[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=7)
     save_figure(figure, path)
 
 
@@ -57,6 +58,7 @@ def sweep(curves: dict[str, Points], path: Path, size: tuple[float, float] = (7.
     styles = {
         Kind.BEFORE_CALIBRATION: {"linestyle": ":", "markersize": 5, "mfc": "white"},
         Kind.CALIBRATED: {"linestyle": "-", "markersize": 5},
+        Kind.REPAIRED: {"linestyle": "-.", "markersize": 5},
         Kind.FINETUNED: {"linestyle": "none", "markersize": 12, "marker": "*"},
     }
     for points, (colour, marker) in zip(curves.values(), SETTINGS, strict=False):

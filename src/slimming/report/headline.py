@@ -24,13 +24,13 @@ class Reference:
 def headline(outcomes: list[Outcome]) -> tuple[str, str] | None:
     """Return (the sentence, what it is of and how it was chosen), or None where nothing pruned was tested.
 
-    Candidates are the fine-tuned prunings, else the calibrated ones, else those before calibration. A candidate is compared
-    with the baseline of the same training configuration (sparsity apart); where there is none, with the sparse network
-    that it came from. The one with the fewest MACs among those that lose at most `TOLERANCE` is chosen; if all lose more,
-    the most accurate. Accuracies are means over seeds: on the validation split where all have one, else on the test set.
+    Candidates are the fine-tuned prunings, else the calibrated and repaired ones, else those before calibration. A candidate
+    is compared with the baseline of the same training configuration (sparsity apart); where there is none, with the sparse
+    network that it came from. The one with the fewest MACs among those that lose at most `TOLERANCE` is chosen; if all lose
+    more, the most accurate. Accuracies are means over seeds: on the validation split where all have one, else on the test set.
     """
-    for kind in (Kind.FINETUNED, Kind.CALIBRATED, Kind.BEFORE_CALIBRATION):
-        pairs = [(o, reference(o, outcomes)) for o in outcomes if o.kind is kind and o.first.passes and o.accuracies]
+    for kinds in ((Kind.FINETUNED,), (Kind.CALIBRATED, Kind.REPAIRED), (Kind.BEFORE_CALIBRATION,)):
+        pairs = [(o, reference(o, outcomes)) for o in outcomes if o.kind in kinds and o.first.passes and o.accuracies]
         pairs = [(o, r) for o, r in pairs if r is not None and o.mean(lambda run: run.share("macs")) is not None]
         if pairs:
             return _sentence(*choose(pairs))

@@ -3,8 +3,9 @@
 import enum
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from slimming.channels.options import PlanOptions
 from slimming.report.runs import Run
 
 
@@ -15,9 +16,10 @@ class Kind(enum.IntEnum):
     SPARSE = 1
     BEFORE_CALIBRATION = 2
     CALIBRATED = 3
-    FINETUNED = 4
-    SCRATCH = 5
-    RETRAINED = 6  # a pruned network that was trained again as a dense one is: the next pass of a multi-pass scheme
+    REPAIRED = 4
+    FINETUNED = 5
+    SCRATCH = 6
+    RETRAINED = 7  # a pruned network that was trained again as a dense one is: the next pass of a multi-pass scheme
 
     @property
     def label(self) -> str:
@@ -90,8 +92,7 @@ def options(run: Run) -> list[str]:
     if (kind := criterion.get("criterion", "GlobalRatio")) != "GlobalRatio":
         values = {k: v for k, v in criterion.items() if k not in ("criterion", "ratio") and not isinstance(v, str)}
         words.append(" ".join([kind, *(f"{k} {v:g}" for k, v in values.items())]))
-    defaults = {"ties": "together", "score": "gamma", "reduce": "max", "convention": "exact"}
-    defaults |= {"min_channels": 1, "max_layer_ratio": 1.0, "round_to": 1, "ignore": []}
+    defaults = asdict(PlanOptions()) | {"convention": "exact"}
     words += [f"{k} {config[k]}" for k, default in defaults.items() if config.get(k, default) != default]
     words += ["repaired"] * bool(config.get("repair"))
     return words + [f"pass {run.passes}"] * (run.passes > 1)
@@ -100,8 +101,9 @@ def options(run: Run) -> list[str]:
 def _kinds(run: Run) -> list[Kind]:
     if run.role == "pruned":
         config = run.result["config"]
-        calibrated = (config.get("calibrate") or {}).get("batches") or config.get("repair")  # the column of what mends
-        return [Kind.BEFORE_CALIBRATION, *[Kind.CALIBRATED] * bool(calibrated)]
+        if config.get("repair"):
+            return [Kind.BEFORE_CALIBRATION, Kind.REPAIRED]
+        return [Kind.BEFORE_CALIBRATION, *[Kind.CALIBRATED] * bool((config.get("calibrate") or {}).get("batches"))]
     if run.role in ("finetuned", "scratch"):
         return [Kind.FINETUNED if run.role == "finetuned" else Kind.SCRATCH]
     if run.passes:

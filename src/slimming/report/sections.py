@@ -10,7 +10,7 @@ from slimming.report.headline import headline
 from slimming.report.outcomes import Kind, Outcome, outcomes
 from slimming.report.runs import Run
 
-PRUNED = (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED, Kind.FINETUNED)
+PRUNED = (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED, Kind.REPAIRED, Kind.FINETUNED)
 FEWEST_RATIOS = 3  # of a setting that gets a curve
 MOST_ROWS = 24  # of the picture of the architectures
 

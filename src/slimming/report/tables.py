@@ -26,7 +26,7 @@ CSV += (
 def stages(outcomes: list[Outcome]) -> Table:
     """Accuracy and costs of every kind of network; of the prunings those that were trained further, if any were."""
     further = {x for o in outcomes if o.kind in (Kind.FINETUNED, Kind.SCRATCH) for run in o.runs for x in run.chain}
-    pruned = [o for o in outcomes if o.kind in (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED)]
+    pruned = [o for o in outcomes if o.kind in (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED, Kind.REPAIRED)]
     shown = [o for o in pruned if not further.isdisjoint(o.runs)] or pruned
     head = ["network", "setting", "channels removed", "test accuracy (%)", "parameters", "MACs (M)", "FLOPs (M)"]
     head += ["activations (kB/image)", "weights (MB)", "latency (ms)"]
@@ -63,12 +63,12 @@ def stages_note(runs: list[Run]) -> str:
 
 def ratios(outcomes: list[Outcome]) -> Table:
     """One row per tested pruning: what was asked, what was removed, and the accuracy from step to step."""
-    head = ["setting", "asked", "removed", "restored", "before pruning (%)", "before calibration (%)", "calibrated (%)"]
-    head += ["fine-tuned (%)", "parameters", "MACs (M)", "latency (ms)"]
+    head = ["setting", "asked", "removed", "restored", "before pruning (%)", "before calibration (%)"]
+    head += ["calibrated or repaired (%)", "fine-tuned (%)", "parameters", "MACs (M)", "latency (ms)"]
     rows = []
     for outcome in (o for o in outcomes if o.kind is Kind.BEFORE_CALIBRATION and o.accuracies):
         runs, metrics = outcome.runs, [run.result["metrics"] for run in outcome.runs]
-        calibrated = [o for o in outcomes if o.kind is Kind.CALIBRATED and o.runs == runs]
+        calibrated = [o for o in outcomes if o.kind in (Kind.CALIBRATED, Kind.REPAIRED) and o.runs == runs]
         tuned = [o for o in outcomes if o.kind is Kind.FINETUNED and any(run.parent in runs for run in o.runs)]
         asked = outcome.first.result["ratio"].get("asked")
         rows.append(

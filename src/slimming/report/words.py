@@ -8,9 +8,12 @@ from slimming.report.runs import Run
 
 
 def training(run: Run) -> str:
-    """Name a training: `lambda 0.0005, 20 epochs`."""
-    sparsity = run.result["config"].get("sparsity")
-    words = [f"lambda {sparsity or 0:g}"] * (run.role == "sparse") + [f"{run.epochs} epochs"] * bool(run.epochs)
+    """Name a training: `lambda 0.0005, 20 epochs`, and what it held out for validation: `val_size 5000`."""
+    config = run.result["config"]
+    data = config.get("data")
+    held_out = data.get("val_size") if isinstance(data, dict) else None
+    words = [f"lambda {config.get('sparsity') or 0:g}"] * (run.role == "sparse")
+    words += [f"{run.epochs} epochs"] * bool(run.epochs) + [f"val_size {held_out}"] * bool(held_out)
     return ", ".join(words)
 
 

@@ -23,7 +23,7 @@ from slimming.stages import precision
 from slimming.stages.building import build, build_trainer, data_label, example_of, model_label, try_model
 from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, size
 from slimming.stages.measuring import weight_bytes
-from slimming.stages.recording import Run, rank_zero
+from slimming.stages.recording import OngoingStage, rank_zero
 from slimming.stages.resuming import LAST, check_same_data
 from slimming.training.distillation import DistillingModule
 from slimming.training.module import SlimmingModule
@@ -50,7 +50,7 @@ class Network:
     distillation: dict[str, float] | None = None
 
 
-def fit(cfg: TrainConfig, run: Run, network: Network, data: ImageData, start: Checkpoint | None) -> None:
+def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, start: Checkpoint | None) -> None:
     """Train a network; add to `run.result` what comes of it.
 
     Args:
@@ -129,7 +129,7 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
     return module
 
 
-def _trainer(cfg: TrainConfig, run: Run, recorder: Recorder) -> pl.Trainer:
+def _trainer(cfg: TrainConfig, run: OngoingStage, recorder: Recorder) -> pl.Trainer:
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
     return build_trainer(
         cfg.trainer | torchrun_devices(),

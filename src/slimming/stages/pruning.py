@@ -27,7 +27,7 @@ from slimming.stages.building import build, data_label, dtype_of, try_model
 from slimming.stages.measuring import accuracies, latencies, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
-from slimming.stages.recording import Run, quiet, recorded, relative
+from slimming.stages.recording import OngoingStage, quiet, recorded, relative
 from slimming.stages.repairing import repaired
 from slimming.stages.resuming import LAST
 from slimming.stages.sources import Source, load_source
@@ -62,7 +62,7 @@ def prune(cfg: PruneConfig, out: Path) -> float:
     return run.result.metrics.get("test/acc", math.nan)
 
 
-def _prune(cfg: PruneConfig, run: Run) -> None:
+def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     out, result = run.out, run.result
     criterion = make_criterion(cfg)
     source, data = load_source(cfg)
@@ -79,7 +79,7 @@ def _prune(cfg: PruneConfig, run: Run) -> None:
         warn_of_emulation(print, trainer)
     print(table(result, plan))
     if data is not None:
-        thin = _tested_and_mended(cfg, source, thin, plan, data, trainer, result)
+        thin = _tested_and_corrected(cfg, source, thin, plan, data, trainer, result)
     if cfg.latency_batch:
         images = source.example.expand(cfg.latency_batch, -1, -1, -1).contiguous()
         pair = {"before": source.model, "after": thin}
@@ -113,7 +113,7 @@ def _trainer(cfg: PruneConfig, source: Source) -> dict[str, Any]:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def _tested_and_mended(
+def _tested_and_corrected(
     cfg: PruneConfig,
     source: Source,
     thin: nn.Module,
@@ -128,19 +128,19 @@ def _tested_and_mended(
             found, result.details["n_test"] = accuracies(trainer, model, data)
             result.metrics |= {key + suffix: value for key, value in found.items()}
     pruned = {k.removesuffix("_pruned"): v for k, v in result.metrics.items() if k.endswith("_pruned")}
-    mended = []
+    corrected = []
     if cfg.repair:
         thin = repaired(cfg.repair, (source.model, thin), plan, data, trainer, result)
-        mended.append(f"repaired on {cfg.repair.images} images")
+        corrected.append(f"repaired on {cfg.repair.images} images")
     if cfg.calibrate.batches:
         thin = _calibrated(cfg, thin, data, trainer)
-        mended.append(f"calibrated on {cfg.calibrate.batches} batches")
+        corrected.append(f"calibrated on {cfg.calibrate.batches} batches")
     if cfg.test:
-        result.metrics |= accuracies(trainer, thin, data)[0] if mended else pruned
+        result.metrics |= accuracies(trainer, thin, data)[0] if corrected else pruned
     if "test/acc" in result.metrics:  # not where testing is limited to no batch
         before, pruned_acc, final = (result.metrics[f"test/acc{s}"] for s in ("_before", "_pruned", ""))
         line = f"test accuracy: {before:.2%} before pruning -> {pruned_acc:.2%} before calibration"
-        print(line + f" -> {final:.2%} {' and '.join(mended)}" * bool(mended))
+        print(line + f" -> {final:.2%} {' and '.join(corrected)}" * bool(corrected))
     return thin
 
 

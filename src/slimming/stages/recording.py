@@ -24,7 +24,7 @@ from slimming.training.tracking import Tracking
 
 
 @dataclass
-class Run:
+class OngoingStage:
     """A stage that is going on: its folder, what result.json will say, and its loggers."""
 
     out: Path
@@ -38,7 +38,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def recorded(out: Path, result: Result, loggers: dict[str, Any], parent: str | None) -> Iterator[Run]:
+def recorded(out: Path, result: Result, loggers: dict[str, Any], parent: str | None) -> Iterator[OngoingStage]:
     """Hold the run directory and write result.json in the end, of a stage that fails as well; then close the loggers.
 
     Args:
@@ -58,7 +58,7 @@ def recorded(out: Path, result: Result, loggers: dict[str, Any], parent: str | N
         try:
             with quiet():
                 tracking = stack.enter_context(Tracking(result.stage, loggers, out, parent, build))
-                yield Run(out, result, tracking)
+                yield OngoingStage(out, result, tracking)
         except RunDirectoryError:  # what is recorded there is another run's
             raise
         except BaseException as error:
