@@ -444,6 +444,8 @@ def test_a_repair_is_recorded_and_is_what_the_library_does(sparse, tmp_path, cap
 def test_a_repair_comes_before_the_calibration(sparse, tmp_path, capsys):
     prune(sparse, tmp_path / "a", "ratio=0.5", "repair.images=128", "test=false", "calibrate.batches=0")
     prune(sparse, tmp_path / "b", "ratio=0.5", "repair.images=128")
+    prune(sparse, tmp_path / "c", "ratio=0.5", "repair.images=5000", "test=false")
+    assert result(tmp_path / "c")["repair"]["images"] == 1797 - 359 - 100  # every training image once
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     moved = {k.rpartition(".")[2] for k in a if not torch.equal(a[k], b[k])}
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}

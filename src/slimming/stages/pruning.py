@@ -131,7 +131,7 @@ def _tested_and_corrected(
     corrected = []
     if cfg.repair:
         thin = repaired(cfg.repair, (source.model, thin), plan, data, trainer, result)
-        corrected.append(f"repaired on {cfg.repair.images} images")
+        corrected.append(f"repaired on {result.details['repair']['images']} images")
     if cfg.calibrate.batches:
         thin = _calibrated(cfg, thin, data, trainer)
         corrected.append(f"calibrated on {cfg.calibrate.batches} batches")

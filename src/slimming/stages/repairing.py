@@ -28,8 +28,9 @@ def repaired(
         networks: the dense one and the thin one, as `prune` left it.
     """
     device = trainer.strategy.root_device
-    count = -(-cfg.images // data.batch_size)
-    images = torch.cat([*data.training_batches(count, device, augment=False)])[: cfg.images].to(dtype_of(networks[1]))
+    wanted = min(cfg.images, len(data.splits["train"]))  # none twice
+    count = -(-wanted // data.batch_size)
+    images = torch.cat([*data.training_batches(count, device, augment=False)])[:wanted].to(dtype_of(networks[1]))
     dense, thin = (network.to(device) for network in networks)
     begun = time.monotonic()
     found = refit(dense, thin, plan, [images], cfg.ridge)
