@@ -5,11 +5,11 @@ import torch
 from exactness import randomise, widen
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from residual import Residual
 from test_random_nets import Net, program
 from torch import nn
 
 import slimming
+from residual import Residual
 from slimming import models
 from slimming.channels import embedding
 from slimming.channels.embedding import embed, selecting
