@@ -1,8 +1,8 @@
 """Shaping a pruned network for an engine: which of several networks that compute the same is fastest there.
 
-Engines compute in blocks of 8 or 16 channels, and a selection before a BatchNorm takes a tensor out of that layout. So widths get
-zero channels, and a selecting BatchNorm may read the whole tensor instead, gamma = beta = 0 where it selected
-nothing. What pays depends on the engine, the network and the machine: whole networks are timed, the dense one beside them.
+Engines compute in blocks of 8 or 16 channels, and a selection before a BatchNorm takes a tensor out of that layout. So widths
+get zero channels, and a selecting BatchNorm may read the whole tensor instead, gamma = beta = 0 where it selected nothing.
+What pays depends on the engine, the network and the machine: whole networks are timed, the dense one beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
