@@ -123,6 +123,9 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to fine-tune")
     if config.init == "scratch" and config.optimizer_state:
         raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
+    if config.low_rank is not None and (config.init == "scratch" or config.optimizer_state):
+        other = "init=scratch" if config.init == "scratch" else "optimizer_state=true"
+        raise ConfigError(f"low_rank and {other} exclude each other: the factors are made of the checkpoint's weights")
     if config.trainer.get("max_epochs") is not None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
 

@@ -171,6 +171,13 @@ class FinetuneConfig(TrainOptions):
     optimizer_state: bool = option(
         False, "true: begin with the optimizer state of the training before the pruning, sliced as the weights were"
     )
+    low_rank: float | None = option(
+        None,
+        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
+        low=0,
+        high=1,
+        above=True,
+    )
     distill: DistillConfig = field(default_factory=DistillConfig)
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)

@@ -52,6 +52,8 @@ def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
         return _load_reference(cfg, weights)
     saved = checkpoint.read(cfg.checkpoint)
     saved.record.need(cfg.checkpoint, "config", "data")
+    if saved.record.low_rank:
+        raise ConfigError(f"the layers of {cfg.checkpoint} are split into factors of low rank: prune first, then split")
     return _load_ours(cfg, saved)
 
 
