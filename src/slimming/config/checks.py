@@ -4,7 +4,15 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, RepairConfig, SlimConfig, TrainConfig
+from slimming.config.schema import (
+    FinetuneConfig,
+    PruneConfig,
+    PruneOptions,
+    RepairConfig,
+    SlimConfig,
+    TrainConfig,
+    TrainOptions,
+)
 from slimming.errors import ConfigError, check_number
 from slimming.options import check_options
 
@@ -29,6 +37,8 @@ def check(cfg: DictConfig) -> Any:
         config.repair = _repair(config.repair)
         if config.calibrate.batches is None:
             config.calibrate.batches = 0 if config.repair else CALIBRATION_BATCHES
+    if isinstance(config, TrainOptions):
+        _check_steering(config)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
     for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
         if isinstance(config, kind):
@@ -91,6 +101,20 @@ def _repair(given: Any) -> RepairConfig | None:
     if not given.images and given != RepairConfig():
         raise ConfigError(f"repair.ridge={given.ridge:g} needs repair.images={REPAIR_IMAGES} beside it: repair is off")
     return given if given.images else None
+
+
+def _check_steering(config: TrainOptions) -> None:
+    steered = config.sparsity == "auto"
+    if steered and isinstance(config, SlimConfig) and config.target_ratio is None:
+        config.target_ratio = max((r for r in ratios(config) if r), default=None)
+    if steered and config.target_ratio is None:
+        raise ConfigError(
+            "sparsity=auto needs target_ratio beside it: the share of the gammas to bring near zero, e.g. 0.7"
+        )
+    if not steered and config.target_ratio is not None:
+        raise ConfigError(
+            f"target_ratio={config.target_ratio:g} is for sparsity=auto; sparsity={config.sparsity:g} is a fixed lambda"
+        )
 
 
 def _check_train(config: TrainConfig) -> None:

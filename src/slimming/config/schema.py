@@ -29,7 +29,22 @@ class PenaltyConfig:
 class TrainOptions:
     """How a network is trained."""
 
-    sparsity: float = option(1e-4, "lambda of the gamma penalty (paper, equation 1); 0 trains the baseline", low=0)
+    # Any: a number, or a word.
+    sparsity: Any = option(
+        1e-4,
+        "lambda of the gamma penalty (paper, equation 1); 0 trains the baseline; auto: set during the training with SGD, so "
+        "that target_ratio of the gammas end near zero",
+        low=0,
+        words=("auto",),
+    )
+    target_ratio: float | None = option(
+        None,
+        "of sparsity=auto: share of the gammas to bring below 1% of the largest; slim.py: null is the largest ratio",
+        low=0,
+        high=1,
+        above=True,
+        below=True,
+    )
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     decay_batchnorm: bool = option(True, "weight decay also acts on gamma and beta, as in the paper")
     channels_last: bool = option(True, "memory layout (N, H, W, C): faster convolutions, same numbers up to rounding")
@@ -153,7 +168,9 @@ class DistillConfig:
 class FinetuneConfig(TrainOptions):
     """One fine-tuning. The groups hold what was given; the rest is as in the checkpoint's training."""
 
-    sparsity: float = option(0.0, "lambda of the gamma penalty; > 0 prepares another pass of pruning", low=0)
+    sparsity: Any = option(
+        0.0, "lambda of the gamma penalty, or auto; > 0 prepares another pass of pruning", low=0, words=("auto",)
+    )
     decay_batchnorm: bool | None = option(None, "null: as in the checkpoint's training")
     channels_last: bool | None = option(None, "null: as in the checkpoint's training")
     seed: int | None = option(None, "null: as in the checkpoint's training", low=0, high=2**32 - 1, whole=True)

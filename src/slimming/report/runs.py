@@ -90,9 +90,9 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The configuration of the chain's first run but for `sparsity`: equal for a baseline and its sparse runs."""
+        """The configuration of the chain's first run but for the penalty: equal for a baseline and its sparse runs."""
         config = _repeated(self.chain[0].result["config"])
-        return {key: value for key, value in config.items() if key != "sparsity"}
+        return {key: value for key, value in config.items() if key not in ("sparsity", "target_ratio")}
 
     @property
     def seeds(self) -> tuple:

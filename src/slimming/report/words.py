@@ -12,9 +12,15 @@ def training(run: Run) -> str:
     config = run.result["config"]
     data = config.get("data")
     held_out = data.get("val_size") if isinstance(data, dict) else None
-    words = [f"lambda {config.get('sparsity') or 0:g}"] * (run.role == "sparse")
+    words = [_penalty(config)] * (run.role == "sparse")
     words += [f"{run.epochs} epochs"] * bool(run.epochs) + [f"val_size {held_out}"] * bool(held_out)
     return ", ".join(words)
+
+
+def _penalty(config: dict) -> str:
+    """Name a penalty: `lambda 0.0005`, `lambda auto to 70%`."""
+    sparsity = config.get("sparsity") or 0
+    return f"lambda auto to {config['target_ratio']:.0%}" if sparsity == "auto" else f"lambda {sparsity:g}"
 
 
 def setting(run: Run) -> str:

@@ -34,9 +34,12 @@ def size(costs: Cost) -> str:
 def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rates: Rates, data: ImageData) -> None:
     """Say what is penalised, and whether the penalty can bring a gamma to zero in this run."""
     say, gammas = trainer.print, module.penalty.flat()
-    penalty = f"penalised, lambda {cfg.sparsity:g}" if cfg.sparsity else "not penalised"
+    penalty = f"penalised, {lambda_of(cfg)}" if cfg.sparsity else "not penalised"
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     if not cfg.sparsity:
+        return
+    if cfg.sparsity == "auto":
+        say(f"  lambda is set during the run, so that {cfg.target_ratio:.0%} of them end below 1% of the largest")
         return
     if rates.momentum is None:
         say("  maximum shrinkage: known for SGD only, not for this optimizer")
@@ -49,6 +52,11 @@ def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rate
     if shrinkage < start:
         say(f"  WARNING: {shrinkage:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
         say(f"  Train longer, or raise sparsity to {cfg.sparsity * start / shrinkage:.1e} or more")
+
+
+def lambda_of(cfg: TrainConfig) -> str:
+    """Name the penalty's strength: `lambda 0.0001`, `lambda auto`."""
+    return f"lambda {cfg.sparsity if cfg.sparsity == 'auto' else format(cfg.sparsity, 'g')}"
 
 
 def announce_start(say: Say, cfg: TrainConfig, trainer: pl.Trainer, start: Checkpoint | None) -> None:

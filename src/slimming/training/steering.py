@@ -1,0 +1,104 @@
+"""`sparsity=auto`: lambda follows the gammas during the run, so that the asked share of them reaches zero."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from slimming.channels.penalty import Penalty, near_zero_share
+from slimming.errors import check_number
+
+ARRIVAL = 0.6  # share of the run's maximum shrinkage by which the quantile is to be at zero
+LOOKS = 20  # at the gammas in a run, at least; one an epoch where there are more epochs
+CHANGE = 2.0  # factor by which lambda changes between two looks, at most
+STRONGEST = (
+    4.0  # lambda at most: what moves a gamma by so many times the first quantile in one epoch of the largest rate
+)
+
+
+class Steering(pl.Callback):
+    """Sets lambda during a training with SGD, so that a share `target` of the penalised gammas ends near zero.
+
+    Near zero is below 1% of the largest. That share reads 0 for most of a run, so it says nothing of where the gammas are
+    going. What is steered by is the gamma that arrives last: q, the `target` quantile of |gamma|. In one stretch between two
+    looks, the penalty alone moves a gamma by lambda * s, s = sum of lr / (1 - momentum) over the optimizer steps. The loss
+    resists, by as much as the last stretch has shown: there q fell by d. So
+
+        lambda <- lambda + q / S - d / s,    S = s summed over the stretches until the arrival,
+
+    which adds what was missing to the speed that is needed; the first lambda is q / S. Where the share is reached, lambda is
+    halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go in, which are
+    equal on all ranks, so all ranks set the same lambda.
+
+    Args:
+        penalty: whose `sparsity` is set.
+        target: share of the gammas, in (0, 1).
+        rates: learning rate of every epoch.
+        momentum: of SGD, in [0, 1).
+
+    Raises:
+        ConfigError: a target out of range.
+    """
+
+    def __init__(self, penalty: Penalty, target: float, rates: Sequence[float], momentum: float) -> None:
+        check_number("target_ratio", target, 0, 1, above=True, below=True)
+        self.penalty, self.target, self.rates, self.momentum = penalty, target, rates, momentum
+        self.stretches: dict[int, float] = {}  # optimizer step of a look -> s of the stretch that begins there
+        self.epoch_reach = 0.0  # s of an epoch of the largest rate
+        self.last: dict[str, float] | None = (
+            None  # of the last look: step, sparsity, quantile; and the strongest lambda
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        looks = min(steps, math.ceil(LOOKS / len(self.rates)))  # of an epoch
+        self.epoch_reach = steps * max(self.rates) / (1 - self.momentum)
+        starts = [round(look * steps / looks) for look in range(looks)]
+        self.stretches = {
+            epoch * steps + start: (end - start) * rate / (1 - self.momentum)
+            for epoch, rate in enumerate(self.rates)
+            for start, end in zip(starts, [*starts[1:], steps], strict=True)
+        }
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step in self.stretches and (self.last is None or self.last["step"] != step):
+            self.look(step)
+
+    def look(self, step: int) -> None:
+        """Set lambda for the stretch that begins at an optimizer step."""
+        gammas = self.penalty.flat()
+        quantile = float(torch.quantile(gammas, self.target))
+        strongest = self.last["strongest"] if self.last else STRONGEST * quantile / self.epoch_reach
+        self.penalty.sparsity = min(self._next(step, quantile, near_zero_share(gammas)), strongest)
+        self.last = {"step": step, "sparsity": self.penalty.sparsity, "quantile": quantile, "strongest": strongest}
+
+    def _next(self, step: int, quantile: float, share: float) -> float:
+        total = sum(self.stretches.values())
+        gone = sum(s for start, s in self.stretches.items() if start < step)
+        # Late, and on the small rates of the end, no look asks for the whole way at once.
+        left = max(ARRIVAL * total - gone, 0.1 * total, self.stretches[step])
+        if self.last is None:
+            return quantile / left
+        before, passed = self.last["sparsity"], self.stretches[int(self.last["step"])]
+        if share >= self.target:
+            return before / CHANGE
+        if not passed:  # a rate of 0: nothing was shown
+            return before
+        wanted = before + quantile / left - (self.last["quantile"] - quantile) / passed
+        return min(max(wanted, before / CHANGE), before * CHANGE)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("sparsity", self.penalty.sparsity, sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last = state["last"]
+        if self.last is not None:
+            self.penalty.sparsity = self.last["sparsity"]
