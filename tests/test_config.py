@@ -158,7 +158,7 @@ def test_the_default_is_the_papers_recipe():
 
 
 @pytest.mark.parametrize(
-    "override", ["sparsty=1", "trainer.device=2", "sparsity=high", "model=vgg12", "data=imagenet21k", "model.widht=2"]
+    "override", ["sparsty=1", "trainer.device=2", "model=vgg12", "data=imagenet21k", "model.widht=2"]
 )
 def test_what_does_not_exist_is_refused_at_composition(override):
     with pytest.raises(ConfigCompositionException):

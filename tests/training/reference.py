@@ -8,6 +8,7 @@ from torch import nn
 from slimming.data import Digits
 from slimming.data.sampler import TensorImages
 from slimming.training.module import SlimmingModule
+from slimming.training.steering import Steering
 
 SPARSITY = 0.05
 
@@ -48,9 +49,10 @@ def fit(
     steps: int = 7,
     scaler: torch.amp.GradScaler | None = None,
     unused: bool = True,
+    steer: float | None = None,
     **kwargs,
 ) -> SlimmingModule:
-    """Train one epoch of `steps` batches; `scaler` asks for fp16 autocast with it."""
+    """Train one epoch of `steps` batches; `scaler` asks for fp16 autocast with it, `steer` for sparsity=auto to that share."""
     torch.manual_seed(0)
     model = Net(unused)
     if kwargs.pop("compile", False):
@@ -58,6 +60,8 @@ def fit(
     module = kind(model, 10, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-3), sparsity=SPARSITY)
     if scaler is not None:
         kwargs["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+    if steer is not None:
+        kwargs["callbacks"] = [Steering(module.penalty, steer, [0.1], 0.9)]
     trainer = make_trainer(limit_train_batches=steps, limit_val_batches=0, **kwargs)
     trainer.fit(module, datamodule=Digits(image_size=8, batch_size=32))
     return module

@@ -97,6 +97,8 @@ def test_two_ranks(accumulate, tmp_path):
     other = load("SlimmingModule", 1)
     assert all(torch.equal(ours[k], other[k]) for k in ours if k.endswith(("weight", "bias")))
     assert not torch.equal(ours["bn1.running_mean"], other["bn1.running_mean"]), "the ranks saw the same images"
+    steered = [load("steered", rank)["sparsity"] for rank in (0, 1)]
+    assert steered[0] == steered[1] > 0, "each rank steers by itself, to the same lambda"
     for count in (359, 3):  # every image counts once, also where the ranks have unequal numbers of them
         found = json.loads((tmp_path / f"evaluated_{count}.json").read_text())
         alone = evaluate(count)

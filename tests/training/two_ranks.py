@@ -24,6 +24,8 @@ for kind in (SlimmingModule, InLoss):
     setting = {"devices": 2, "strategy": "ddp", "precision": "64-true", "accumulate_grad_batches": accumulate}
     module = fit(kind, unused=False, steps=5, callbacks=[Bar()], **setting)
     torch.save(module.model.state_dict(), f"{folder}/{kind.__name__}_{module.global_rank}.pt")
+module = fit(SlimmingModule, unused=False, steps=5, steer=0.5, **setting)
+torch.save({"sparsity": torch.tensor(module.penalty.sparsity)}, f"{folder}/steered_{module.global_rank}.pt")
 for count in (359, 3):  # unequal shares
     found = evaluate(count, devices=2, strategy="ddp")
     if module.global_rank == 0:

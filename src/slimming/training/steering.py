@@ -10,8 +10,8 @@ import torch
 from slimming.channels.penalty import Penalty, near_zero_share
 from slimming.errors import check_number
 
-ARRIVAL = 0.6  # share of the run's maximum shrinkage by which the quantile is to be at zero
-LOOKS = 20  # at the gammas in a run, at least; one an epoch where there are more epochs
+ARRIVAL = 1 / 3  # the quantile is to be at zero after this share of the shrinkage that is left, at every look anew
+LOOKS = 40  # at the gammas in a run, at least; one an epoch where there are more epochs
 CHANGE = 2.0  # factor by which lambda changes between two looks, at most
 STRONGEST = (
     4.0  # lambda at most: what moves a gamma by so many times the first quantile in one epoch of the largest rate
@@ -26,9 +26,10 @@ class Steering(pl.Callback):
     looks, the penalty alone moves a gamma by lambda * s, s = sum of lr / (1 - momentum) over the optimizer steps. The loss
     resists, by as much as the last stretch has shown: there q fell by d. So
 
-        lambda <- lambda + q / S - d / s,    S = s summed over the stretches until the arrival,
+        lambda <- lambda + q / S - d / s,    S = s summed until the arrival,
 
-    which adds what was missing to the speed that is needed; the first lambda is q / S. Where the share is reached, lambda is
+    which adds what was missing to the speed that is needed; the first lambda is q / S. The arrival is a third of the way that
+    is left, at every look anew, so that q falls fast at first, and lambda has time to be corrected. Where the share is reached, lambda is
     halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go in, which are
     equal on all ranks, so all ranks set the same lambda.
 
@@ -78,18 +79,16 @@ class Steering(pl.Callback):
         self.last = {"step": step, "sparsity": self.penalty.sparsity, "quantile": quantile, "strongest": strongest}
 
     def _next(self, step: int, quantile: float, share: float) -> float:
-        total = sum(self.stretches.values())
-        gone = sum(s for start, s in self.stretches.items() if start < step)
-        # Late, and on the small rates of the end, no look asks for the whole way at once.
-        left = max(ARRIVAL * total - gone, 0.1 * total, self.stretches[step])
+        left = sum(s for start, s in self.stretches.items() if start >= step)
+        needed = quantile / (ARRIVAL * left) if left else 0.0
         if self.last is None:
-            return quantile / left
+            return needed
         before, passed = self.last["sparsity"], self.stretches[int(self.last["step"])]
         if share >= self.target:
             return before / CHANGE
         if not passed:  # a rate of 0: nothing was shown
             return before
-        wanted = before + quantile / left - (self.last["quantile"] - quantile) / passed
+        wanted = before + needed - (self.last["quantile"] - quantile) / passed
         return min(max(wanted, before / CHANGE), before * CHANGE)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
