@@ -29,9 +29,9 @@ class Steering(pl.Callback):
         lambda <- lambda + q / S - d / s,    S = s summed until the arrival,
 
     which adds what was missing to the speed that is needed; the first lambda is q / S. The arrival is a third of the way that
-    is left, at every look anew, so that q falls fast at first, and lambda has time to be corrected. Where the share is reached, lambda is
-    halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go in, which are
-    equal on all ranks, so all ranks set the same lambda.
+    is left, at every look anew, so that q falls fast at first, and lambda has time to be corrected. Where the share is
+    reached, lambda is halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go
+    in, which are equal on all ranks, so all ranks set the same lambda.
 
     Args:
         penalty: whose `sparsity` is set.
@@ -48,9 +48,7 @@ class Steering(pl.Callback):
         self.penalty, self.target, self.rates, self.momentum = penalty, target, rates, momentum
         self.stretches: dict[int, float] = {}  # optimizer step of a look -> s of the stretch that begins there
         self.epoch_reach = 0.0  # s of an epoch of the largest rate
-        self.last: dict[str, float] | None = (
-            None  # of the last look: step, sparsity, quantile; and the strongest lambda
-        )
+        self.last: dict[str, float] | None = None  # the last look: step, sparsity, quantile; and the strongest lambda
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
