@@ -4,6 +4,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from slimming.channels.options import check_penalty
 from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, RepairConfig, SlimConfig, TrainConfig
 from slimming.errors import ConfigError, check_number
 from slimming.options import check_options
@@ -95,6 +96,7 @@ def _repair(given: Any) -> RepairConfig | None:
 
 def _check_train(config: TrainConfig) -> None:
     check_number("trainer.max_epochs", config.trainer.get("max_epochs"), 1, whole=True)
+    check_penalty(config.penalty)
     if config.resume and config.init_from:
         raise ConfigError(
             "resume=true and init_from exclude each other: resume goes on with the run directory's own run"

@@ -34,6 +34,14 @@ class Run:
         return len(self.result.get("history") or [])
 
     @property
+    def penalty(self) -> str:
+        """The penalty of a training: `l1`, or `polarization t 1.2`."""
+        found = self.result["config"].get("penalty")
+        found = found if isinstance(found, dict) else {}
+        t = found.get("t")
+        return f"{found.get('name') or 'l1'}" + (f" t {t:g}" if isinstance(t, float | int) else "")
+
+    @property
     def chain(self) -> list["Run"]:
         """This run and those that it came from, the first first."""
         return [*(self.parent.chain if self.parent else []), self]
@@ -90,9 +98,9 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The configuration of the chain's first run but for `sparsity`: equal for a baseline and its sparse runs."""
+        """The configuration of the chain's first run but for its penalty: equal for a baseline and its sparse runs."""
         config = _repeated(self.chain[0].result["config"])
-        return {key: value for key, value in config.items() if key != "sparsity"}
+        return {key: value for key, value in config.items() if key.partition(".")[0] not in ("sparsity", "penalty")}
 
     @property
     def seeds(self) -> tuple:
