@@ -77,6 +77,9 @@ class Polarization(Penalty):
         l1 = super().shrinkage(lr_sum, momentum)
         return None if l1 is None else (self.t + 2) * l1
 
+    def start(self) -> float:
+        return float(_joined([gamma.detach() for gamma in self.gammas.values()]).clamp(0, 1).median())
+
     def describe(self) -> str:
         flat = _joined([gamma.detach() for gamma in self.gammas.values()])
         outside = int(((flat < 0) | (flat > 1)).sum())

@@ -130,6 +130,10 @@ class Penalty:
         """
         return None if momentum is None else max_shrinkage(self.sparsity, lr_sum, momentum)
 
+    def start(self) -> float:
+        """Return the median of the |gamma| that the penalty begins with."""
+        return float(self.flat().median())
+
     def describe(self) -> str:
         """Say what a training should tell of this penalty beside lambda; nothing of the paper's."""
         return ""

@@ -40,7 +40,7 @@ def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rate
     if not cfg.sparsity:
         return
     lr_sum = sum(rates.per_epoch) * _steps_per_epoch(data, trainer)
-    shrinkage, start = module.penalty.shrinkage(lr_sum, rates.momentum), float(gammas.median())
+    shrinkage, start = module.penalty.shrinkage(lr_sum, rates.momentum), module.penalty.start()
     if shrinkage is None:
         say("  maximum shrinkage: known for SGD only, not for this optimizer")
         return

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.hooks import RemovableHandle
 
 from slimming.channels.options import PenaltyOptions, check_penalty
@@ -86,6 +87,8 @@ class SlimmingCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         example = pl_module.example_input_array if self.example is None else self.example
+        if example is not None:
+            example = trainer.precision_plugin.convert_input(move_data_to_device(example, pl_module.device))
         self.penalty = make_penalty(pl_module, self.sparsity, example=example, layers=self.layers, **self.options)
         if not self.penalty.gammas:
             raise ConfigError(
