@@ -43,7 +43,7 @@ def test_the_asked_share_reaches_zero_whatever_the_loss_holds_against_it(target)
 def test_without_resistance_the_first_lambda_is_the_maximum_shrinkages():
     penalty, lambdas = steered(0.5, torch.zeros(100))
     total = sum(RATES) * STEPS / (1 - MOMENTUM)
-    assert lambdas[0] == pytest.approx(0.5 / (total / 3))
+    assert lambdas[0] == pytest.approx(0.5 / (total / 6))
     assert penalty.flat().max() < 1e-3
 
 
@@ -72,6 +72,7 @@ def test_a_rate_of_zero_changes_nothing():
         ({"sparsity": "auto"}, "sparsity=auto needs target_ratio"),
         ({"sparsity": "auto", "target_ratio": 1.0}, "target_ratio must be a number > 0 and < 1, got 1.0"),
         ({"sparsity": 1e-4, "target_ratio": 0.5}, "target_ratio=0.5 is for sparsity=auto"),
+        ({"sparsity": "auto", "target_ratio": 0.5, "penalty": "polarization"}, "for penalty=l1, proximal or group"),
         ({"sparsity": "high"}, "sparsity must be auto or a number >= 0, got 'high'"),
     ],
 )

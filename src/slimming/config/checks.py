@@ -4,6 +4,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from slimming.channels.options import check_penalty
 from slimming.config.schema import (
     FinetuneConfig,
     PruneConfig,
@@ -111,6 +112,11 @@ def _check_steering(config: TrainOptions) -> None:
         raise ConfigError(
             "sparsity=auto needs target_ratio beside it: the share of the gammas to bring near zero, e.g. 0.7"
         )
+    if steered and config.penalty.name == "polarization":
+        raise ConfigError(
+            "sparsity=auto is for penalty=l1, proximal or group: what share polarization brings to zero follows from "
+            "penalty.t, (t + 2) / 4, more than from lambda"
+        )
     if not steered and config.target_ratio is not None:
         raise ConfigError(
             f"target_ratio={config.target_ratio:g} is for sparsity=auto; sparsity={config.sparsity:g} is a fixed lambda"
@@ -119,6 +125,7 @@ def _check_steering(config: TrainOptions) -> None:
 
 def _check_train(config: TrainConfig) -> None:
     check_number("trainer.max_epochs", config.trainer.get("max_epochs"), 1, whole=True)
+    check_penalty(config.penalty)
     if config.resume and config.init_from:
         raise ConfigError(
             "resume=true and init_from exclude each other: resume goes on with the run directory's own run"

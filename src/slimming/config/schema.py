@@ -10,19 +10,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from slimming.channels.options import PlanOptions
+from slimming.channels.options import PENALTY_NAMES, PenaltyOptions, PlanOptions
 from slimming.options import option
 
 Group = dict[str, Any]
-
-
-@dataclass
-class PenaltyConfig:
-    """Which gammas are penalised."""
-
-    layers: list[str] | None = option(
-        None, "shell patterns of BatchNorm layers to penalise, e.g. ['layer1.*']; null: all with a trainable scale"
-    )
 
 
 @dataclass
@@ -45,7 +36,7 @@ class TrainOptions:
         above=True,
         below=True,
     )
-    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    penalty: PenaltyOptions = field(default_factory=PenaltyOptions)
     decay_batchnorm: bool = option(True, "weight decay also acts on gamma and beta, as in the paper")
     channels_last: bool = option(True, "memory layout (N, H, W, C): faster convolutions, same numbers up to rounding")
     compile: bool = option(False, "torch.compile the network")
@@ -165,12 +156,24 @@ class DistillConfig:
 
 
 @dataclass
+class FinetunePenalty(PenaltyOptions):
+    """Which penalty acts in a fine-tuning with sparsity > 0; a name that is given replaces the checkpoint's with its values."""
+
+    name: str | None = option(  # type: ignore[assignment]
+        None,
+        "given as penalty=<name>; null: as in the checkpoint's training, with its layers and t where they are not given",
+        choices=PENALTY_NAMES,
+    )
+
+
+@dataclass
 class FinetuneConfig(TrainOptions):
     """One fine-tuning. The groups hold what was given; the rest is as in the checkpoint's training."""
 
     sparsity: Any = option(
         0.0, "lambda of the gamma penalty, or auto; > 0 prepares another pass of pruning", low=0, words=("auto",)
     )
+    penalty: FinetunePenalty = field(default_factory=FinetunePenalty)
     decay_batchnorm: bool | None = option(None, "null: as in the checkpoint's training")
     channels_last: bool | None = option(None, "null: as in the checkpoint's training")
     seed: int | None = option(None, "null: as in the checkpoint's training", low=0, high=2**32 - 1, whole=True)

@@ -115,7 +115,7 @@ def _order(outcome: Outcome) -> tuple:
     """Sort by pass, dense networks first; then by setting, simple ones first; then by ratio; then by kind."""
     run = outcome.first
     sparse, chosen = run.nearest("sparse"), options(run)
-    training = (sparse.epochs, *_strength(sparse.result["config"])) if sparse else (0,)
+    training = (sparse.epochs, sparse.penalty, *_strength(sparse.result["config"])) if sparse else (0, "", 0.0, 0.0)
     dense = outcome.kind if not run.passes else Kind.BEFORE_CALIBRATION
     return (run.passes, dense, len(chosen), chosen, training, run.asked or 0, run.removed or 0, outcome.kind)
 

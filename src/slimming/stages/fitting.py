@@ -20,7 +20,7 @@ from slimming.ranks import torchrun_devices
 from slimming.records import Record
 from slimming.report import figures
 from slimming.stages import precision
-from slimming.stages.building import build, build_trainer, data_label, example_of, model_label, try_model
+from slimming.stages.building import build, build_trainer, data_label, dtype_of, example_of, model_label, try_model
 from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, lambda_of, size
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import OngoingStage, rank_zero
@@ -67,7 +67,7 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
         network.model.to(memory_format=torch.channels_last)
     factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
     rates = _rates(factories, cfg.trainer["max_epochs"])
-    module = _module(cfg, network, data.num_classes, factories)
+    module = _module(cfg, network, data, factories)
     recorder = Recorder(out)
     trainer = _trainer(cfg, run, [*_steering(cfg, module, rates), recorder])
     if start:
@@ -100,7 +100,7 @@ def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
 
 
-def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dict[str, Callable]) -> SlimmingModule:
+def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict[str, Callable]) -> SlimmingModule:
     """Build the LightningModule.
 
     Raises:
@@ -111,10 +111,13 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
         kind, extra = DistillingModule, {"teacher": network.teacher, **(network.distillation or {})}
     module = kind(
         network.model,
-        num_classes,
+        data.num_classes,
         **factories,
         sparsity=0.0 if cfg.sparsity == "auto" else cfg.sparsity,
+        penalty=cfg.penalty.name,
         penalty_layers=cfg.penalty.layers,
+        penalty_t=cfg.penalty.t,
+        example=example_of(data).to(dtype_of(network.model)),
         decay_batchnorm=cfg.decay_batchnorm,
         record=network.record.to_dict(),
         **extra,

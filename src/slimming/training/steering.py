@@ -10,7 +10,7 @@ import torch
 from slimming.channels.penalty import Penalty, near_zero_share
 from slimming.errors import check_number
 
-ARRIVAL = 1 / 3  # the quantile is to be at zero after this share of the shrinkage that is left, at every look anew
+ARRIVAL = 1 / 6  # the quantile is to be at zero after this share of the shrinkage that is left, at every look anew
 LOOKS = 40  # at the gammas in a run, at least; one an epoch where there are more epochs
 CHANGE = 2.0  # factor by which lambda changes between two looks, at most
 STRONGEST = (
@@ -23,12 +23,12 @@ class Steering(pl.Callback):
 
     Near zero is below 1% of the largest. That share reads 0 for most of a run, so it says nothing of where the gammas are
     going. What is steered by is the gamma that arrives last: q, the `target` quantile of |gamma|. In one stretch between two
-    looks, the penalty alone moves a gamma by lambda * s, s = sum of lr / (1 - momentum) over the optimizer steps. The loss
+    looks, the penalty alone moves a gamma by lambda * s (`Penalty.reach`; of L1, the sum of lr / (1 - momentum)). The loss
     resists, by as much as the last stretch has shown: there q fell by d. So
 
         lambda <- lambda + q / S - d / s,    S = s summed until the arrival,
 
-    which adds what was missing to the speed that is needed; the first lambda is q / S. The arrival is a third of the way that
+    which adds what was missing to the speed that is needed; the first lambda is q / S. The arrival is a sixth of the way that
     is left, at every look anew, so that q falls fast at first, and lambda has time to be corrected. Where the share is
     reached, lambda is halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go
     in, which are equal on all ranks, so all ranks set the same lambda.
@@ -53,10 +53,10 @@ class Steering(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         looks = min(steps, math.ceil(LOOKS / len(self.rates)))  # of an epoch
-        self.epoch_reach = steps * max(self.rates) / (1 - self.momentum)
+        self.epoch_reach = self._reach(steps * max(self.rates))
         starts = [round(look * steps / looks) for look in range(looks)]
         self.stretches = {
-            epoch * steps + start: (end - start) * rate / (1 - self.momentum)
+            epoch * steps + start: self._reach((end - start) * rate)
             for epoch, rate in enumerate(self.rates)
             for start, end in zip(starts, [*starts[1:], steps], strict=True)
         }
@@ -67,6 +67,11 @@ class Steering(pl.Callback):
         step = trainer.global_step
         if step in self.stretches and (self.last is None or self.last["step"] != step):
             self.look(step)
+
+    def _reach(self, lr_sum: float) -> float:
+        reach = self.penalty.reach(lr_sum, self.momentum)
+        assert reach is not None  # SGD's momentum is known
+        return reach
 
     def look(self, step: int) -> None:
         """Set lambda for the stretch that begins at an optimizer step."""
