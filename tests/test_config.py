@@ -184,7 +184,7 @@ def test_what_does_not_exist_is_refused_at_composition(override):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["sparsity=-1"], "sparsity must be auto or a number >= 0, got -1.0"),
+        (["sparsity=-1"], "sparsity must be auto or a number >= 0, got -1"),
         (["sparsity=nan"], "sparsity .* got nan"),
         (["seed=-3"], "seed .* got -3"),
         (["trainer.max_epochs=0"], "trainer.max_epochs .* got 0"),
