@@ -222,7 +222,7 @@ class ExportConfig:
         "onnx",
         "onnx: for onnxruntime, TensorRT and others; torch: a program of torch.export (.pt2); openvino: its IR (.xml and "
         ".bin); safetensors: the weights, and the architecture for `slimming`",
-        choices=("onnx",),
+        choices=("onnx", "torch", "openvino", "safetensors"),
     )
     test_images: int | None = option(
         None,
