@@ -231,6 +231,7 @@ class ExportConfig:
         low=0,
         whole=True,
     )
+    seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
     overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)

@@ -45,7 +45,7 @@ def export(cfg: ExportConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; no artefact is then left but an earlier one.
     """
-    begun = Result("export", "exported", None, relative(cfg.checkpoint, out), plain(cfg))
+    begun = Result("export", "exported", cfg.seed, relative(cfg.checkpoint, out), plain(cfg))
     with recorded(out, begun, cfg.logger, cfg.checkpoint) as run:
         _export(cfg, run)
     return run.result.metrics.get("test/acc", math.nan)
@@ -86,7 +86,7 @@ def _data_need(cfg: ExportConfig) -> DataNeed | None:
 def _batches(cfg: ExportConfig, data: ImageData | None, network: Network) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images as the network gets them, one alone first of all, with their labels; without data random ones."""
     if data is None:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(cfg.seed)
         yield from ((torch.randn(n, *network.image, generator=generator), None) for n in RANDOM_BATCHES)
         return
     for number, (images, labels) in enumerate(_loader(data, cfg.test_images)):
