@@ -6,6 +6,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from slimming.channels.options import check_penalty
 from slimming.config.schema import (
+    ExportConfig,
     FinetuneConfig,
     PruneConfig,
     PruneOptions,
@@ -41,7 +42,8 @@ def check(cfg: DictConfig) -> Any:
     if isinstance(config, TrainOptions):
         _check_steering(config)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
-    for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
+    checks = (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim), (ExportConfig, _check_export))
+    for kind, function in checks:
         if isinstance(config, kind):
             function(config)
     return config
@@ -156,6 +158,11 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
     if config.trainer.get("max_epochs") is not None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
+
+
+def _check_export(config: ExportConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
 
 
 def _check_slim(config: SlimConfig) -> None:
