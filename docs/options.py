@@ -11,7 +11,7 @@ from slimming.files import write_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "logger", "hydra/launcher")
+GROUPS = ("model", "data", "optimizer", "scheduler", "penalty", "trainer", "logger", "hydra/launcher")
 INTRODUCTION = """# Options
 
 This page is made by `python docs/options.py` from the declarations in `src/slimming/config/schema.py` and from the files of
@@ -21,14 +21,16 @@ An option is given as `key=value`. `null` means "no value". An option of a group
 file of a group as `group=file`. [stages.md](stages.md) says what the stages do.
 """
 STAGES = {
-    "train": "Beside them: the groups model, data, optimizer, scheduler, trainer, logger, and `experiment=<file>`, which "
-    "sets several values at once.",
+    "train": "Beside them: the groups model, data, optimizer, scheduler, penalty, trainer, logger, and "
+    "`experiment=<file>`, which sets several values at once.",
     "prune": "Beside them: the groups model, data, trainer (default: one_device) and logger. Values of model and data that are "
     "not given are those of the checkpoint. Give exactly one criterion: `ratio`, `budget.macs`, `budget.params`, `threshold` "
     "or `criterion=optimal`.",
     "finetune": "Beside them: all groups of train.py. Every value of a group that is not given is that of the checkpoint's "
     "training.",
     "slim": "slim.py takes all options and groups of train.py and the options of prune.py as well; these are new or different:",
+    "export": "Beside them: the groups model, data and logger. Values of model and data that are not given are those of the "
+    "checkpoint.",
     "report": "",
 }
 LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?$")

@@ -42,6 +42,20 @@ def test_beside_a_checkpoint_nothing_is_given_but_what_is_typed(group):
     assert given == {k: None if v == "null" else v for g, k, v in GIVEN if g == group}  # null is a value, too
 
 
+@pytest.mark.parametrize("stage", ["train", "slim", "finetune"])
+def test_every_penalty_is_a_file_that_names_it(stage):
+    from slimming.channels.penalties import PENALTIES, Polarization
+
+    base = ["checkpoint=a.ckpt"] * (stage == "finetune")
+    assert {path.stem for path in (CONFIGS / "penalty").glob("*.yaml")} == set(PENALTIES)
+    for name in PENALTIES:
+        penalty = compose_config(*base, f"penalty={name}", "penalty.layers=[layer1.*]", name=stage).penalty
+        t = inspect.signature(Polarization).parameters["t"].default if name == "polarization" else None
+        assert (penalty.name, penalty.layers, penalty.t) == (name, ["layer1.*"], t)
+    default = compose_config(*base, name=stage).penalty
+    assert (default.name, default.layers, default.t) == (None if base else "l1", None, None)
+
+
 GIVEN = [("data", "batch_size", 8), ("optimizer", "lr", 0.5), ("optimizer", "betas", "null"), ("scheduler", "T_max", 3)]
 GIVEN += [("trainer", "max_epochs", 3), ("trainer", "gradient_clip_val", "null")]
 
@@ -157,9 +171,11 @@ def test_the_default_is_the_papers_recipe():
     assert (schedule["milestones"], schedule["gamma"], schedule["max_epochs"]) == ([0.5, 0.75], 0.1, 160)
 
 
-@pytest.mark.parametrize(
-    "override", ["sparsty=1", "trainer.device=2", "sparsity=high", "model=vgg12", "data=imagenet21k", "model.widht=2"]
-)
+ABSENT = ["sparsty=1", "trainer.device=2", "model=vgg12", "data=imagenet21k", "model.widht=2"]
+ABSENT += ["penalty=l2", "penalty.s=1", "penalty.layers=a", "penalty.t=high"]
+
+
+@pytest.mark.parametrize("override", ABSENT)
 def test_what_does_not_exist_is_refused_at_composition(override):
     with pytest.raises(ConfigCompositionException):
         compose_config(override)
@@ -168,12 +184,15 @@ def test_what_does_not_exist_is_refused_at_composition(override):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["sparsity=-1"], "sparsity must be a number >= 0, got -1.0"),
+        (["sparsity=-1"], "sparsity must be auto or a number >= 0, got -1"),
         (["sparsity=nan"], "sparsity .* got nan"),
         (["seed=-3"], "seed .* got -3"),
         (["trainer.max_epochs=0"], "trainer.max_epochs .* got 0"),
         (["trainer.max_epochs=null"], "trainer.max_epochs .* got None"),
         (["resume=true", "init_from=a.ckpt"], "exclude each other"),
+        (["penalty.name=l2"], "penalty.name must be one of l1, proximal, polarization, group; got 'l2'"),
+        (["penalty=polarization", "penalty.t=3"], "penalty.t must be a number >= -2 and <= 2, got 3.0"),
+        (["penalty=group", "penalty.t=1"], "penalty.t=1 is of penalty=polarization, and this is penalty=group"),
     ],
 )
 def test_values_out_of_range_are_named(overrides, words):

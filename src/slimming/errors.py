@@ -35,6 +35,10 @@ class TrainingError(SlimmingError):
     """A training cannot go on."""
 
 
+class ExportError(SlimmingError):
+    """A network cannot be written in a format, or what was written does not compute what the network computes."""
+
+
 def check_number(
     key: str,
     value,
@@ -44,19 +48,26 @@ def check_number(
     above: bool = False,
     below: bool = False,
     whole: bool = False,
+    words: tuple[str, ...] = (),
 ) -> None:
     """Raise ConfigError unless `value` is a finite number in [low, high], whole if asked.
 
     Args:
         above, below: leave out the lower or upper bound itself.
+        words: that may stand instead of a number.
     """
+    if isinstance(value, str) and value in words:
+        return
     kind = numbers.Integral if whole else numbers.Real
     good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     if good and (low < value if above else low <= value) and (value < high if below else value <= high):
         return
     bounds = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf)
     bounds += [f"{'<' if below else '<='} {high:g}"] * (high < math.inf)
-    raise ConfigError(f"{key} must be a {'whole ' * whole}number {' and '.join(bounds)}, got {value!r}".strip())
+    instead = "".join(f"{word} or " for word in words)
+    raise ConfigError(
+        f"{key} must be {instead}a {'whole ' * whole}number {' and '.join(bounds)}, got {value!r}".strip()
+    )
 
 
 def check_choice(key: str, value, allowed) -> None:

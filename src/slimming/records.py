@@ -21,6 +21,7 @@ IRRELEVANT = {
     *("data.root", "data.cache_dir", "data.download", "data.num_workers", "data.eval_batch_size"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"),
 }
+IMPLIED = {"penalty.name": "l1"}  # what configurations of versions without the key meant
 WHETHER = {"distill.teacher", "finetune.distill.teacher"}  # paths of which it matters only whether there is one
 
 
@@ -145,14 +146,15 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def what_matters(config: dict) -> dict[str, Any]:
-    """Flatten a configuration to dotted keys: those that can change the result and are not None."""
-    return {key: value for key, value in _flat(config, "").items() if value is not None}
+    """Flatten a configuration to dotted keys: those that can change the result and are neither None nor implied."""
+    return {key: value for key, value in _flat(config, "").items() if value not in (None, IMPLIED.get(key))}
 
 
 def config_differences(before: dict, now: dict) -> str:
     """Say where two configurations differ in what matters to the result: `sparsity was 0.1, is 0.2; ...`, or ""."""
     a, b = (what_matters(json.loads(json.dumps(config))) for config in (before, now))  # tuples are lists in a file
-    return "; ".join(f"{k} was {a.get(k)}, is {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k))
+    changed = [k for k in sorted(a | b) if a.get(k) != b.get(k)]
+    return "; ".join(f"{k} was {a.get(k, IMPLIED.get(k))}, is {b.get(k, IMPLIED.get(k))}" for k in changed)
 
 
 def _flat(config: dict, prefix: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from slimming import models
-from slimming.channels.penalty import Penalty, batchnorm_gammas, max_shrinkage, near_zero_share
+from slimming.channels.penalty import Penalty, batchnorm_gammas, near_zero_share
 from slimming.errors import ConfigError
 
 
@@ -66,16 +66,16 @@ def test_share_near_zero():
     assert near_zero_share(torch.empty(0)) == 0.0
 
 
-def test_max_shrinkage_of_the_papers_vgg():
+def test_reach_of_the_papers_vgg():
     lr_sum = 782 * (80 * 0.1 + 40 * 0.01 + 40 * 0.001)
-    assert max_shrinkage(1e-4, lr_sum, 0.9) == pytest.approx(6.6, abs=0.01)
+    assert 1e-4 * Penalty({}, 0).reach(lr_sum, 0.9) == pytest.approx(6.6, abs=0.01)
 
 
-def test_max_shrinkage_is_how_far_sgd_moves_an_ignored_gamma():
+def test_reach_is_how_far_sgd_moves_an_ignored_gamma():
     gamma = nn.Parameter(torch.tensor([100.0], dtype=torch.float64))
     penalty, optimizer = Penalty({"": gamma}, 0.01), torch.optim.SGD([gamma], lr=0.1, momentum=0.9)
     for _ in range(2000):
         optimizer.zero_grad()
         penalty.add_gradient()
         optimizer.step()
-    assert 100 - float(gamma.detach()) == pytest.approx(max_shrinkage(0.01, 0.1 * 2000, 0.9), rel=0.01)
+    assert 100 - float(gamma.detach()) == pytest.approx(0.01 * Penalty({}, 0).reach(0.1 * 2000, 0.9), rel=0.01)

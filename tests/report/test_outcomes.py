@@ -1,5 +1,6 @@
 """Seeds of one experiment are one outcome: one row of a table, one point of a picture."""
 
+import json
 import random
 
 import pytest
@@ -149,3 +150,23 @@ def test_a_repaired_pruning_stands_beside_the_calibrated_one(tmp_path):
         ("pruned, ratio 0.5: calibrated", "lambda 0.0001, 3 epochs", [0.75]),
         ("pruned, ratio 0.5: repaired", "lambda 0.0001, 3 epochs, repaired", [0.75]),
     ]
+
+
+def test_a_baseline_is_that_of_every_penalty(tmp_path):
+    def run(name, sparsity, **config):
+        role = "sparse" if sparsity else "baseline"
+        write(tmp_path, name, trained(role, config={"sparsity": sparsity, "trainer": {"max_epochs": 3}} | config))
+
+    run("baseline", 0.0, penalty={"layers": None})  # of a version that knew no other penalty
+    run("l1", 1e-4, penalty={"name": "l1", "layers": None, "t": None})
+    run("l1 before", 1e-4, penalty={"layers": None})
+    run("polar", 1e-4, penalty={"name": "polarization", "layers": None, "t": 1.2})
+    runs = {r.folder.name: r for r in collect(tmp_path).runs}
+    assert len({json.dumps(r.recipe) for r in runs.values()}) == 1
+    assert runs["l1"].identity == runs["l1 before"].identity != runs["polar"].identity
+    assert {name: r.penalty for name, r in runs.items()} == {
+        "baseline": "l1",
+        "l1": "l1",
+        "l1 before": "l1",
+        "polar": "polarization t 1.2",
+    }

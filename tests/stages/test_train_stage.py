@@ -112,8 +112,9 @@ def test_the_same_command_gives_the_same_weights(small, tmp_path):
             "trainer.precision=bf16-mixed",
         ],
         ["optimizer=adamw", "scheduler=cosine"],
+        ["sparsity=auto", "target_ratio=0.5"],
     ],
-    ids=["validation", "dropout", "adamw"],
+    ids=["validation", "dropout", "adamw", "auto"],
 )
 def test_resumed_equals_uninterrupted(setting, small, tmp_path, capsys):
     overrides = [o for o in SMALL if not (setting[0].startswith("model=") and o.startswith("model"))]
@@ -140,6 +141,25 @@ def test_resumed_equals_uninterrupted(setting, small, tmp_path, capsys):
     assert histories[0] == histories[1] and len(histories[0]) == 3
     assert result(straight)["gammas"] == result(stopped)["gammas"]
     assert "resuming after epoch 1 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [0.4, 0.7])
+def test_auto_brings_the_asked_share_of_the_gammas_to_zero(target, tmp_path, capsys):
+    from conftest import compose_config
+
+    training = ["data=digits", "model=vgg11", "model.width=0.125", "trainer.max_epochs=20", "trainer.accelerator=cpu"]
+    training += ["trainer.enable_progress_bar=false", "data.batch_size=32"]
+    stages.train(compose_config(*training, "sparsity=auto", f"target_ratio={target}"), tmp_path)
+    assert result(tmp_path)["gammas"]["near_zero_share"] == pytest.approx(target, abs=0.05)
+    assert f"so that {target:.0%} of them end below 1% of the largest" in capsys.readouterr().out
+    lambdas = [row["sparsity"] for row in result(tmp_path)["history"]]
+    assert len(lambdas) == 20 and len(set(lambdas)) > 10
+
+
+def test_auto_is_for_sgd(small, tmp_path):
+    with pytest.raises(ConfigError, match="sparsity=auto is for optimizer=sgd"):
+        stages.train(small("sparsity=auto", "target_ratio=0.5", "optimizer=adamw"), tmp_path)
 
 
 def test_resuming_what_has_not_begun_begins(small, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from reference import SPARSITY, InLoss, fit
+from reference import PENALTIES, SPARSITY, InLoss, Net, fit
 from torch.nn import functional as F
 
 import slimming
@@ -20,6 +20,9 @@ class Plain(pl.LightningModule):
         super().__init__()
         self.model, self.optimizer = model, optimizer
 
+    def forward(self, images):
+        return self.model(images)
+
     def on_train_epoch_start(self):
         self.trainer.datamodule.seed_epoch(self.current_epoch)  # the same augmentation as the reference
 
@@ -28,6 +31,26 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
+
+
+class Several(Plain):
+    """Two optimizers, each with a rate of its own, stepped by hand; the second, of bn2's gammas, rests every other time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.manual_backward(0.0 * super().training_step(batch, batch_idx))
+        for optimizer in (first, second)[: 1 + batch_idx % 2]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        gammas = [self.model.bn2.weight]
+        rest = [p for p in self.parameters() if p is not gammas[0]]
+        return torch.optim.SGD(rest, 0.1), torch.optim.SGD(gammas, 0.5)
 
 
 class Manual(Plain):
@@ -47,17 +70,32 @@ def same(a, b, tolerance=1e-12):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def with_callback(kind, **setting):
-    return fit(kind, callbacks=[slimming.SlimmingCallback(SPARSITY)], **setting)
+TOLD = {"polarization": {"t": 1.2}, "group": {"example": torch.zeros(1, 1, 8, 8)}}
 
 
+def with_callback(kind, penalty="l1", **setting):
+    callback = slimming.SlimmingCallback(SPARSITY, penalty=penalty, **TOLD.get(penalty, {}))
+    return fit(kind, callbacks=[callback], **setting)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("setting", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.05}], ids=str)
-def test_equals_the_penalty_in_the_loss(setting):
-    same(with_callback(Plain, precision="64-true", **setting), fit(InLoss, precision="64-true", **setting))
+def test_equals_the_penalty_in_the_loss(setting, penalty):
+    setting = setting | {"precision": "64-true", "penalty": penalty}
+    same(with_callback(Plain, **setting), fit(InLoss, **setting))
 
 
-def test_manual_optimization():
-    same(with_callback(Manual, precision="64-true"), fit(InLoss, precision="64-true"))
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_manual_optimization(penalty):
+    same(with_callback(Manual, penalty, precision="64-true"), fit(InLoss, penalty=penalty, precision="64-true"))
+
+
+def test_each_optimizer_moves_its_own_gammas_when_it_steps():
+    torch.manual_seed(0)
+    before, after = Net(), with_callback(Several, "proximal", precision="64-true").model
+    for name, shrinkage in (("bn1", 7 * 0.1), ("bn2", 3 * 0.5)):  # 7 batches, and the second steps 3 times
+        was, now = (getattr(model, name).weight.detach().double() for model in (before, after))
+        torch.testing.assert_close(now, F.softshrink(was, shrinkage * SPARSITY))
 
 
 def test_fp16_with_a_scaler():
@@ -78,6 +116,12 @@ def test_it_logs_the_gammas_and_takes_patterns():
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="sparsity"):
         slimming.SlimmingCallback(-1)
+    with pytest.raises(ConfigError, match=r"penalty\.name must be one of"):
+        slimming.SlimmingCallback(1e-4, penalty="l2")
+    with pytest.raises(ConfigError, match=r"penalty\.t=1 is of penalty=polarization"):
+        slimming.SlimmingCallback(1e-4, t=1.0)
+    with pytest.raises(ConfigError, match="penalty=group needs an example input"):
+        fit(Plain, callbacks=[slimming.SlimmingCallback(1e-4, penalty="group")])
     with pytest.raises(ConfigError, match="matches no BatchNorm"):
         fit(Plain, callbacks=[slimming.SlimmingCallback(1e-4, layers=["nowhere"])])
     module = Plain(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), 10, torch.optim.SGD, 0)

@@ -6,7 +6,7 @@ import sys
 
 import lightning.pytorch as pl
 import torch
-from reference import InLoss, SlimmingModule, evaluate, fit
+from reference import PENALTIES, InLoss, SlimmingModule, evaluate, fit
 
 folder, accumulate = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -20,10 +20,13 @@ class Bar(pl.Callback):
             assert 0 <= module.running_accuracy() <= 1
 
 
-for kind in (SlimmingModule, InLoss):
-    setting = {"devices": 2, "strategy": "ddp", "precision": "64-true", "accumulate_grad_batches": accumulate}
-    module = fit(kind, unused=False, steps=5, callbacks=[Bar()], **setting)
-    torch.save(module.model.state_dict(), f"{folder}/{kind.__name__}_{module.global_rank}.pt")
+for penalty in PENALTIES:
+    for kind in (SlimmingModule, InLoss):
+        setting = {"devices": 2, "strategy": "ddp", "precision": "64-true", "accumulate_grad_batches": accumulate}
+        module = fit(kind, unused=False, steps=5, callbacks=[Bar()], penalty=penalty, **setting)
+        torch.save(module.model.state_dict(), f"{folder}/{penalty}_{kind.__name__}_{module.global_rank}.pt")
+module = fit(SlimmingModule, unused=False, steps=5, steer=0.5, **setting)
+torch.save({"sparsity": torch.tensor(module.penalty.sparsity)}, f"{folder}/steered_{module.global_rank}.pt")
 for count in (359, 3):  # unequal shares
     found = evaluate(count, devices=2, strategy="ddp")
     if module.global_rank == 0:

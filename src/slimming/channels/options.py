@@ -1,8 +1,9 @@
-"""What a plan may be told beside its criterion; without torch, so that a configuration can be built from it."""
+"""What a plan or a penalty may be told; without torch, so that a configuration can be built from it."""
 
 from dataclasses import dataclass
 
-from slimming.options import option
+from slimming.errors import ConfigError
+from slimming.options import check_options, option
 
 
 @dataclass
@@ -29,3 +30,36 @@ class PlanOptions:
         1, "kept channels of every BatchNorm are rounded up to a multiple of this", low=1, whole=True
     )
     ignore: list[str] = option([], "shell patterns of BatchNorm layers that stay whole")
+
+
+PENALTY_NAMES = ("l1", "proximal", "polarization", "group")
+
+
+@dataclass
+class PenaltyOptions:
+    """Which penalty acts, and on which gammas."""
+
+    name: str = option(
+        "l1",
+        "given as penalty=<name>. l1: the paper's; proximal: a soft threshold after every step, exact zeros; polarization: "
+        "gammas go to 0 or away from it, within [0, 1]; group: gammas that share a channel of a stream go together",
+        choices=PENALTY_NAMES,
+    )
+    layers: list[str] | None = option(
+        None, "shell patterns of BatchNorm layers to penalise, e.g. ['layer1.*']; null: all with a trainable scale"
+    )
+    t: float | None = option(
+        None, "penalty=polarization: the larger, the more go to 0, by itself the share (t + 2) / 4", low=-2, high=2
+    )
+
+
+def check_penalty(options: PenaltyOptions) -> None:
+    """Raise ConfigError if a value is not allowed, or belongs to another penalty."""
+    check_options(options, "penalty.")
+    layers = options.layers
+    if layers is not None and not (isinstance(layers, list) and all(isinstance(p, str) for p in layers)):
+        raise ConfigError(f"penalty.layers must be a list of shell patterns such as ['layer1.*'], got {layers!r}")
+    if options.t is not None and options.name != "polarization":
+        raise ConfigError(
+            f"penalty.t={options.t:g} is of penalty=polarization, and this is penalty={options.name}: leave it out"
+        )

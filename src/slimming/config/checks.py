@@ -4,7 +4,17 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, RepairConfig, SlimConfig, TrainConfig
+from slimming.channels.options import check_penalty
+from slimming.config.schema import (
+    ExportConfig,
+    FinetuneConfig,
+    PruneConfig,
+    PruneOptions,
+    RepairConfig,
+    SlimConfig,
+    TrainConfig,
+    TrainOptions,
+)
 from slimming.errors import ConfigError, check_number
 from slimming.options import check_options
 
@@ -29,8 +39,11 @@ def check(cfg: DictConfig) -> Any:
         config.repair = _repair(config.repair)
         if config.calibrate.batches is None:
             config.calibrate.batches = 0 if config.repair else CALIBRATION_BATCHES
+    if isinstance(config, TrainOptions):
+        _check_steering(config)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
-    for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
+    checks = (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim), (ExportConfig, _check_export))
+    for kind, function in checks:
         if isinstance(config, kind):
             function(config)
     return config
@@ -93,8 +106,28 @@ def _repair(given: Any) -> RepairConfig | None:
     return given if given.images else None
 
 
+def _check_steering(config: TrainOptions) -> None:
+    steered = config.sparsity == "auto"
+    if steered and isinstance(config, SlimConfig) and config.target_ratio is None:
+        config.target_ratio = max((r for r in ratios(config) if r), default=None)
+    if steered and config.target_ratio is None:
+        raise ConfigError(
+            "sparsity=auto needs target_ratio beside it: the share of the gammas to bring near zero, e.g. 0.7"
+        )
+    if steered and config.penalty.name == "polarization":
+        raise ConfigError(
+            "sparsity=auto is for penalty=l1, proximal or group: what share polarization brings to zero follows from "
+            "penalty.t, (t + 2) / 4, more than from lambda"
+        )
+    if not steered and config.target_ratio is not None:
+        raise ConfigError(
+            f"target_ratio={config.target_ratio:g} is for sparsity=auto; sparsity={config.sparsity:g} is a fixed lambda"
+        )
+
+
 def _check_train(config: TrainConfig) -> None:
     check_number("trainer.max_epochs", config.trainer.get("max_epochs"), 1, whole=True)
+    check_penalty(config.penalty)
     if config.resume and config.init_from:
         raise ConfigError(
             "resume=true and init_from exclude each other: resume goes on with the run directory's own run"
@@ -128,6 +161,11 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError(f"low_rank and {other} exclude each other: the factors are made of the checkpoint's weights")
     if config.trainer.get("max_epochs") is not None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
+
+
+def _check_export(config: ExportConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
 
 
 def _check_slim(config: SlimConfig) -> None:

@@ -10,27 +10,33 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from slimming.channels.options import PlanOptions
+from slimming.channels.options import PENALTY_NAMES, PenaltyOptions, PlanOptions
 from slimming.options import option
 
 Group = dict[str, Any]
 
 
 @dataclass
-class PenaltyConfig:
-    """Which gammas are penalised."""
-
-    layers: list[str] | None = option(
-        None, "shell patterns of BatchNorm layers to penalise, e.g. ['layer1.*']; null: all with a trainable scale"
-    )
-
-
-@dataclass
 class TrainOptions:
     """How a network is trained."""
 
-    sparsity: float = option(1e-4, "lambda of the gamma penalty (paper, equation 1); 0 trains the baseline", low=0)
-    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    # Any: a number, or a word.
+    sparsity: Any = option(
+        1e-4,
+        "lambda of the gamma penalty (paper, equation 1); 0 trains the baseline; auto: set during the training with SGD, so "
+        "that target_ratio of the gammas end near zero",
+        low=0,
+        words=("auto",),
+    )
+    target_ratio: float | None = option(
+        None,
+        "of sparsity=auto: share of the gammas to bring below 1% of the largest; slim.py: null is the largest ratio",
+        low=0,
+        high=1,
+        above=True,
+        below=True,
+    )
+    penalty: PenaltyOptions = field(default_factory=PenaltyOptions)
     decay_batchnorm: bool = option(True, "weight decay also acts on gamma and beta, as in the paper")
     channels_last: bool = option(True, "memory layout (N, H, W, C): faster convolutions, same numbers up to rounding")
     compile: bool = option(False, "torch.compile the network")
@@ -150,10 +156,24 @@ class DistillConfig:
 
 
 @dataclass
+class FinetunePenalty(PenaltyOptions):
+    """Which penalty acts in a fine-tuning with sparsity > 0; a name that is given replaces the checkpoint's with its values."""
+
+    name: str | None = option(  # type: ignore[assignment]
+        None,
+        "given as penalty=<name>; null: as in the checkpoint's training, with its layers and t where they are not given",
+        choices=PENALTY_NAMES,
+    )
+
+
+@dataclass
 class FinetuneConfig(TrainOptions):
     """One fine-tuning. The groups hold what was given; the rest is as in the checkpoint's training."""
 
-    sparsity: float = option(0.0, "lambda of the gamma penalty; > 0 prepares another pass of pruning", low=0)
+    sparsity: Any = option(
+        0.0, "lambda of the gamma penalty, or auto; > 0 prepares another pass of pruning", low=0, words=("auto",)
+    )
+    penalty: FinetunePenalty = field(default_factory=FinetunePenalty)
     decay_batchnorm: bool | None = option(None, "null: as in the checkpoint's training")
     channels_last: bool | None = option(None, "null: as in the checkpoint's training")
     seed: int | None = option(None, "null: as in the checkpoint's training", low=0, high=2**32 - 1, whole=True)
@@ -219,6 +239,33 @@ class SlimConfig(TrainConfig, PruneOptions):
 
 
 @dataclass
+class ExportConfig:
+    """One export. The groups hold what was given; the rest is as in the checkpoint's training."""
+
+    checkpoint: str | None = option(
+        None, "the network to export: a checkpoint of any stage, or a file of a reference implementation (with model=)"
+    )
+    format: str = option(
+        "onnx",
+        "onnx: for onnxruntime, TensorRT and others; torch: a program of torch.export (.pt2); openvino: its IR (.xml and "
+        ".bin); safetensors: the weights, and the architecture for `slimming`",
+        choices=("onnx", "torch", "openvino", "safetensors"),
+    )
+    test_images: int | None = option(
+        None,
+        "test images, spread over all, to prove on that the artefact computes what the network computes, and to measure the "
+        "accuracy of both on; null: all; 0: random images and no accuracy, for which no data are needed",
+        low=0,
+        whole=True,
+    )
+    seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
+    overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
+    model: Group = field(default_factory=dict)
+    data: Group = field(default_factory=dict)
+    logger: Group = field(default_factory=dict)
+
+
+@dataclass
 class ReportConfig:
     """A report on the runs below a folder."""
 
@@ -231,6 +278,7 @@ SCHEMAS = {
     "prune": PruneConfig,
     "finetune": FinetuneConfig,
     "slim": SlimConfig,
+    "export": ExportConfig,
     "report": ReportConfig,
 }
 

@@ -47,12 +47,13 @@ def _held_out(history: list[dict]) -> str:
     return "val" if "val/acc" in history[-1] else "test"
 
 
-def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: float) -> None:
+def gammas(counts: list[list[int]], edges: list[float], path: Path, penalty: str) -> None:
     """Draw how the distribution of |gamma| moved: one column per epoch, shade = share of the gammas in a bin.
 
     Args:
         counts: [epoch][bin], epoch 0 being the start.
         edges: of the bins, the first bin starting at 0.
+        penalty: what the title says of it: `lambda 0.0001`.
     """
     plt = pyplot()
     from matplotlib.colors import PowerNorm
@@ -71,7 +72,7 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, sparsity: fl
     bins.label(axes.yaxis)
     axes.set(xlabel="epoch (0: before training)", ylabel="|gamma|", xlim=(-0.5, 1.07 * len(columns) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"{sum(counts[-1]):,} BatchNorm scales, lambda {sparsity:g}; lines: quantiles", fontsize=11)
+    axes.set_title(f"{sum(counts[-1]):,} BatchNorm scales, {penalty}; lines: quantiles", fontsize=11)
     figure.colorbar(mesh, label="share of gammas (%)", ticks=[0, 1, 5, 20, 50, 100])
     save_figure(figure, path)
 

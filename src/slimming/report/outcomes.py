@@ -115,6 +115,12 @@ def _order(outcome: Outcome) -> tuple:
     """Sort by pass, dense networks first; then by setting, simple ones first; then by ratio; then by kind."""
     run = outcome.first
     sparse, chosen = run.nearest("sparse"), options(run)
-    training = (sparse.epochs, sparse.result["config"].get("sparsity") or 0) if sparse else (0, 0)
+    training = (sparse.epochs, sparse.penalty, *_strength(sparse.result["config"])) if sparse else (0, "", 0.0, 0.0)
     dense = outcome.kind if not run.passes else Kind.BEFORE_CALIBRATION
     return (run.passes, dense, len(chosen), chosen, training, run.asked or 0, run.removed or 0, outcome.kind)
+
+
+def _strength(config: dict) -> tuple[float, float]:
+    """Sort fixed lambdas first, then targets of `sparsity=auto`."""
+    sparsity, target = config.get("sparsity") or 0, config.get("target_ratio") or 0
+    return (0.0, target) if sparsity == "auto" else (-1.0, sparsity)

@@ -11,6 +11,9 @@ from slimming.records import what_matters
 EARLIER_NAMES = {"restored": "put_back", "dead": "followed"}  # of the counts of a plan
 
 
+PENALTY = ("sparsity", "target_ratio", "penalty")  # keys of a configuration that say how gammas are penalised
+
+
 @dataclass(eq=False)
 class Run:
     """One finished stage.
@@ -32,6 +35,14 @@ class Run:
     @property
     def epochs(self) -> int:
         return len(self.result.get("history") or [])
+
+    @property
+    def penalty(self) -> str:
+        """The penalty of a training: `l1`, or `polarization t 1.2`."""
+        found = self.result["config"].get("penalty")
+        found = found if isinstance(found, dict) else {}
+        t = found.get("t")
+        return f"{found.get('name') or 'l1'}" + (f" t {t:g}" if isinstance(t, float | int) else "")
 
     @property
     def chain(self) -> list["Run"]:
@@ -90,9 +101,9 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The configuration of the chain's first run but for `sparsity`: equal for a baseline and its sparse runs."""
+        """The configuration of the chain's first run but for its penalty: equal for a baseline and its sparse runs."""
         config = _repeated(self.chain[0].result["config"])
-        return {key: value for key, value in config.items() if key != "sparsity"}
+        return {key: value for key, value in config.items() if key.partition(".")[0] not in PENALTY}
 
     @property
     def seeds(self) -> tuple:

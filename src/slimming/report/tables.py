@@ -10,7 +10,8 @@ from slimming.report.outcomes import Kind, Outcome
 from slimming.report.published import published_for
 from slimming.report.runs import Run, plan_count
 
-CSV = ("run", "role", "model", "data", "seed", "parent", "sparsity", "ratio_asked", "ratio_got", "restored", "dead")
+CSV = ("run", "role", "model", "data", "seed", "parent", "sparsity", "penalty")
+CSV += ("ratio_asked", "ratio_got", "restored", "dead")
 CSV += ("test_acc_before", "test_acc_pruned", "test_acc", "val_acc", "n_test", "num_params", "macs")
 CSV += (
     "activation_bytes",
@@ -140,6 +141,7 @@ def spreadsheet(found: Collection, folder: Path) -> Table:
         )
         row = {key: r.get(key) for key in CSV} | r["cost"]
         row |= {"run": run.folder.relative_to(folder).as_posix(), "sparsity": r["config"].get("sparsity")}
+        row |= {"penalty": run.penalty if row["sparsity"] else None}
         row |= {f"ratio_{key}": (ratio or {}).get(key) for key in ("asked", "got")}
         row |= {name: plan_count(r, name) for name in ("restored", "dead")} | {"val_acc": m.get("val/acc")}
         row |= {f"test_acc{suffix}": m.get(f"test/acc{suffix}") for suffix in ("_before", "_pruned", "")}

@@ -8,13 +8,23 @@ from slimming.report.runs import Run
 
 
 def training(run: Run) -> str:
-    """Name a training: `lambda 0.0005, 20 epochs`, and what it held out for validation: `val_size 5000`."""
+    """Name a training: `lambda 0.0005, 20 epochs`, and what it held out for validation: `val_size 5000`.
+
+    Another penalty than the paper's stands first: `proximal, lambda 0.0005, 20 epochs`.
+    """
     config = run.result["config"]
     data = config.get("data")
     held_out = data.get("val_size") if isinstance(data, dict) else None
-    words = [f"lambda {config.get('sparsity') or 0:g}"] * (run.role == "sparse")
+    kind = "" if run.penalty == "l1" else f"{run.penalty}, "
+    words = [f"{kind}{_lambda(config)}"] * (run.role == "sparse")
     words += [f"{run.epochs} epochs"] * bool(run.epochs) + [f"val_size {held_out}"] * bool(held_out)
     return ", ".join(words)
+
+
+def _lambda(config: dict) -> str:
+    """Name the strength of a penalty: `lambda 0.0005`, `lambda auto to 70%`."""
+    sparsity = config.get("sparsity") or 0
+    return f"lambda auto to {config['target_ratio']:.0%}" if sparsity == "auto" else f"lambda {sparsity:g}"
 
 
 def setting(run: Run) -> str:

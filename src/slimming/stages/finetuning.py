@@ -10,6 +10,7 @@ from torch import nn
 
 from slimming import checkpoint
 from slimming.channels.low_rank import split_to
+from slimming.channels.options import PenaltyOptions, check_penalty
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune_optimizer_state
 from slimming.checkpoint import Checkpoint
@@ -100,8 +101,25 @@ def recipe_of(cfg: FinetuneConfig, record: Record) -> TrainConfig:
             options[name] = before.get(name, default)
     if cfg.data.get("seed") is None:
         groups["data"] = groups["data"] | {"seed": options["seed"]}
+    options["penalty"] = penalty_of(cfg, before.get("penalty"))
     model = cfg.model if cfg.model.get("_target_") else before.get("model", {})
     return TrainConfig(model=model, **groups, **options)
+
+
+def penalty_of(cfg: FinetuneConfig, recorded: Any) -> PenaltyOptions:
+    """Return the penalty of a checkpoint's record with the values that are given now; a given name replaces it whole.
+
+    Without sparsity the record does not count: nothing is penalised, and all gammas are watched.
+
+    Raises:
+        ConfigError: a value that is not allowed, of the record or given.
+    """
+    values = {f.name: getattr(cfg.penalty, f.name) for f in dataclasses.fields(PenaltyOptions)}
+    given = {key: value for key, value in values.items() if value is not None}
+    known = recorded if isinstance(recorded, dict) and cfg.sparsity and "name" not in given else {}
+    penalty = PenaltyOptions(**{key: known[key] for key in values if known.get(key) is not None} | given)
+    check_penalty(penalty)
+    return penalty
 
 
 def fit_schedule(schedule: dict, before: int | None, epochs: int) -> dict:

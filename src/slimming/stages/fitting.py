@@ -20,8 +20,8 @@ from slimming.ranks import torchrun_devices
 from slimming.records import Record
 from slimming.report import figures
 from slimming.stages import precision
-from slimming.stages.building import build, build_trainer, data_label, example_of, model_label, try_model
-from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, size
+from slimming.stages.building import build, build_trainer, data_label, dtype_of, example_of, model_label, try_model
+from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, lambda_of, size
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import OngoingStage, rank_zero
 from slimming.stages.resuming import LAST, check_same_data
@@ -30,6 +30,7 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+from slimming.training.steering import Steering
 
 
 @dataclass
@@ -66,9 +67,9 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
         network.model.to(memory_format=torch.channels_last)
     factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
     rates = _rates(factories, cfg.trainer["max_epochs"])
-    module = _module(cfg, network, data.num_classes, factories)
+    module = _module(cfg, network, data, factories)
     recorder = Recorder(out)
-    trainer = _trainer(cfg, run, recorder)
+    trainer = _trainer(cfg, run, [*_steering(cfg, module, rates), recorder])
     if start:
         precision.check_kept(trainer, cfg.trainer.get("precision"))
     _connect_ranks_and_load(trainer, data)
@@ -87,7 +88,7 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
     result.metrics |= _tested(trainer, module, data) | _best(recorder)
     conclude(trainer, module, recorder, result.metrics)
     if rank_zero():
-        _draw(recorder, out, cfg.sparsity)
+        _draw(recorder, out, lambda_of(cfg))
     result.cost = costs.record()
     result.details |= _details(network.model, module, recorder, costs)
 
@@ -99,7 +100,7 @@ def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
 
 
-def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dict[str, Callable]) -> SlimmingModule:
+def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict[str, Callable]) -> SlimmingModule:
     """Build the LightningModule.
 
     Raises:
@@ -110,10 +111,13 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
         kind, extra = DistillingModule, {"teacher": network.teacher, **(network.distillation or {})}
     module = kind(
         network.model,
-        num_classes,
+        data.num_classes,
         **factories,
-        sparsity=cfg.sparsity,
+        sparsity=0.0 if cfg.sparsity == "auto" else cfg.sparsity,
+        penalty=cfg.penalty.name,
         penalty_layers=cfg.penalty.layers,
+        penalty_t=cfg.penalty.t,
+        example=example_of(data).to(dtype_of(network.model)),
         decay_batchnorm=cfg.decay_batchnorm,
         record=network.record.to_dict(),
         **extra,
@@ -121,7 +125,7 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
     if cfg.sparsity and not module.penalty.gammas:
         instead = other_norms(network.model)
         raise ConfigError(
-            f"sparsity={cfg.sparsity:g}, but {model_label(network.record.model, network.model)} has no BatchNorm with a "
+            f"sparsity={cfg.sparsity}, but {model_label(network.record.model, network.model)} has no BatchNorm with a "
             f"trainable scale to penalise{instead and f' ({instead})'}: insert BatchNorm after its convolutions, or set "
             "sparsity=0"
         )
@@ -129,11 +133,27 @@ def _module(cfg: TrainConfig, network: Network, num_classes: int, factories: dic
     return module
 
 
-def _trainer(cfg: TrainConfig, run: OngoingStage, recorder: Recorder) -> pl.Trainer:
+def _steering(cfg: TrainConfig, module: SlimmingModule, rates: Rates) -> list[pl.Callback]:
+    """Return what sets lambda during the training, where it is not fixed.
+
+    Raises:
+        ConfigError: another optimizer than SGD, whose steps do not follow from its learning rate.
+    """
+    if cfg.sparsity != "auto":
+        return []
+    if rates.momentum is None:
+        raise ConfigError(
+            f"sparsity=auto is for optimizer=sgd: how far {cfg.optimizer.get('_target_')} moves a gamma does not follow "
+            "from its learning rate; give a number for sparsity"
+        )
+    return [Steering(module.penalty, cfg.target_ratio, rates.per_epoch, rates.momentum)]
+
+
+def _trainer(cfg: TrainConfig, run: OngoingStage, ours: list[pl.Callback]) -> pl.Trainer:
     lines = [EpochLines()] if cfg.trainer.get("enable_progress_bar", True) else []
     return build_trainer(
         cfg.trainer | torchrun_devices(),
-        callbacks=[*lines, recorder, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
+        callbacks=[*lines, *ours, *(build(f"callbacks.{k}", c) for k, c in cfg.callbacks.items())],
         logger=run.loggers,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.out),
@@ -181,10 +201,10 @@ def _best(recorder: Recorder) -> dict[str, float]:
     return {"val/acc_best": best["val/acc"], "best_epoch": best["epoch"]} if best else {}
 
 
-def _draw(recorder: Recorder, out: Path, sparsity: float) -> None:
+def _draw(recorder: Recorder, out: Path, penalty: str) -> None:
     figures.curves(recorder.history, out / "curves.png")
     if any(map(sum, recorder.gammas)):
-        figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", sparsity)
+        figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", penalty)
 
 
 def _details(model: nn.Module, module: SlimmingModule, recorder: Recorder, costs: Cost) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 
 from slimming.channels.cost import Cost
-from slimming.channels.penalty import max_shrinkage, near_zero_share
+from slimming.channels.penalty import near_zero_share
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.data import ImageData
@@ -34,21 +34,32 @@ def size(costs: Cost) -> str:
 def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rates: Rates, data: ImageData) -> None:
     """Say what is penalised, and whether the penalty can bring a gamma to zero in this run."""
     say, gammas = trainer.print, module.penalty.flat()
-    penalty = f"penalised, lambda {cfg.sparsity:g}" if cfg.sparsity else "not penalised"
+    how = f" {module.penalty.describe()}".rstrip()
+    penalty = f"penalised{how}, {lambda_of(cfg)}" if cfg.sparsity else "not penalised"
     say(f"  {len(gammas):,} gammas in {len(module.penalty.gammas)} BatchNorms are {penalty}")
     if not cfg.sparsity:
         return
-    if rates.momentum is None:
-        say("  maximum shrinkage: known for SGD only, not for this optimizer")
+    if cfg.sparsity == "auto":
+        say(f"  lambda is set during the run, so that {cfg.target_ratio:.0%} of them end below 1% of the largest")
         return
     lr_sum = sum(rates.per_epoch) * _steps_per_epoch(data, trainer)
-    shrinkage, start = max_shrinkage(cfg.sparsity, lr_sum, rates.momentum), float(gammas.median())
+    reach, start = module.penalty.reach(lr_sum, rates.momentum), module.penalty.start()
+    if reach is None:
+        say("  maximum shrinkage: known for SGD only, not for this optimizer")
+        return
+    shrinkage = cfg.sparsity * reach
     say(
-        f"  maximum shrinkage: the penalty alone can move a gamma by {shrinkage:.3g}; they start at {start:.3g} (median)"
+        f"  maximum shrinkage: the penalty alone can move {module.penalty.moves} {shrinkage:.3g}; "
+        f"they start at {start:.3g} (median)"
     )
     if shrinkage < start:
         say(f"  WARNING: {shrinkage:.3g} < {start:.3g}: even a gamma that the loss ignores cannot reach 0 in this run.")
         say(f"  Train longer, or raise sparsity to {cfg.sparsity * start / shrinkage:.1e} or more")
+
+
+def lambda_of(cfg: TrainConfig) -> str:
+    """Name the penalty's strength: `lambda 0.0001`, `lambda auto`."""
+    return f"lambda {cfg.sparsity if cfg.sparsity == 'auto' else format(cfg.sparsity, 'g')}"
 
 
 def announce_start(say: Say, cfg: TrainConfig, trainer: pl.Trainer, start: Checkpoint | None) -> None:

@@ -1,6 +1,7 @@
 """The LightningModule of every training: cross-entropy, the gamma penalty, accuracy."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,19 +11,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
-from slimming.channels.penalty import Penalty, batchnorm_gammas
+from slimming.channels.penalties import make_penalty
 from slimming.errors import TrainingError
-from slimming.training.callback import log_gammas, loss_factor
+from slimming.training.callback import Following, log_gammas, loss_factor
 
 AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}  # of each auxiliary head's loss in their papers
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
 
 
 class SlimmingModule(LightningModule):
-    """Trains `model` on cross-entropy + sparsity * sum |gamma|.
+    """Trains `model` on cross-entropy + sparsity * sum |gamma|, or with another penalty on the gammas.
 
     The penalty never enters the loss: its gradient is added in `on_after_backward`, which equals autograd of the
-    penalised loss under gradient accumulation, GradScaler and DDP.
+    penalised loss under gradient accumulation, GradScaler and DDP; what a penalty does to the gammas themselves follows
+    every step that the optimizer takes.
 
     Args:
         model: (N, C, H, W) -> (N, num_classes) logits, or a named tuple with auxiliary logits in train mode.
@@ -30,12 +32,15 @@ class SlimmingModule(LightningModule):
         optimizer: parameter groups -> optimizer.
         scheduler: optimizer -> learning-rate schedule, stepped once per epoch; None for a constant rate.
         sparsity: lambda, >= 0.
+        penalty: `l1`, `proximal`, `polarization` or `group`, see slimming.channels.penalties.
         penalty_layers: patterns of the BatchNorm layers that are penalised; None: all with a trainable scale.
+        penalty_t: t of `polarization`.
+        example: an input of `model`, for `group`.
         decay_batchnorm: whether weight decay also acts on gamma and beta.
         record: plain data for the checkpoint's "slimming" entry.
 
     Raises:
-        ConfigError: a pattern that matches nothing.
+        ConfigError: a pattern that matches nothing, or a penalty with a value that is not allowed.
     """
 
     def __init__(
@@ -48,10 +53,15 @@ class SlimmingModule(LightningModule):
         penalty_layers: Iterable[str] | None = None,
         decay_batchnorm: bool = True,
         record: dict | None = None,
+        penalty: str = "l1",
+        penalty_t: float | None = None,
+        example: Any = None,
     ):
         super().__init__()
         self.model = model
-        self.penalty = Penalty(batchnorm_gammas(model, penalty_layers), sparsity)
+        layers = None if penalty_layers is None else list(penalty_layers)
+        self.penalty = make_penalty(model, sparsity, example=example, name=penalty, layers=layers, t=penalty_t)
+        self._following = Following()
         self.optimizer, self.scheduler, self.decay_batchnorm = optimizer, scheduler, decay_batchnorm
         self.record = record
         self.optimizer_state: dict | None = None  # to begin with: `prune_optimizer_state` of an earlier training's
@@ -89,6 +99,12 @@ class SlimmingModule(LightningModule):
 
     def on_after_backward(self) -> None:
         self.penalty.add_gradient(loss_factor(self.trainer, self))
+
+    def on_train_start(self) -> None:
+        self._following.begin(self.trainer, self.penalty)
+
+    def on_train_end(self) -> None:
+        self._following.end()
 
     def on_train_epoch_start(self) -> None:
         self._reset("train")
