@@ -3,10 +3,11 @@
 Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
-from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, ratios
+from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, lists_for_commas, ratios
 from slimming.config.registration import DISTRIBUTED, record_folder, tag
 from slimming.config.schema import (
     SCHEMAS,
+    BenchConfig,
     BudgetConfig,
     DistillConfig,
     ExportConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_RATIO",
     "DISTRIBUTED",
     "SCHEMAS",
+    "BenchConfig",
     "BudgetConfig",
     "DistillConfig",
     "ExportConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "TrainOptions",
     "check",
     "criterion_name",
+    "lists_for_commas",
     "plain",
     "ratios",
     "record_folder",

@@ -238,6 +238,31 @@ class ExportConfig:
 
 
 @dataclass
+class BenchConfig:
+    """Latencies of several networks, side by side."""
+
+    models: list[str] = option([], "the files to time: checkpoints (.ckpt), .onnx, .pt2, OpenVINO's .xml")
+    batch: Any = option([1], "images per pass, a number or several: batch=1,64", low=1, whole=True)
+    threads: Any = option(
+        [1], "of one pass, a number or several: threads=1,2; at most the cores there are", low=1, whole=True
+    )
+    engines: list[str] | None = option(
+        None,
+        "among torch, compile (torch.compile), onnxruntime and openvino: every file is timed in those that read it, "
+        "torch and compile .ckpt and .pt2, onnxruntime and openvino .onnx, openvino .xml; null: the first that does",
+    )
+    turns: int = option(
+        15, "how often the networks take turns; the medians and quartiles are of these", low=3, whole=True
+    )
+    budget_s: float = option(
+        20.0,
+        "seconds per network, batch and number of threads; slow ones get fewer turns, but at least 3",
+        low=0,
+        above=True,
+    )
+
+
+@dataclass
 class ReportConfig:
     """A report on the runs below a folder."""
 
@@ -251,6 +276,7 @@ SCHEMAS = {
     "finetune": FinetuneConfig,
     "slim": SlimConfig,
     "export": ExportConfig,
+    "bench": BenchConfig,
     "report": ReportConfig,
 }
 

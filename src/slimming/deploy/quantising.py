@@ -102,7 +102,9 @@ def quantise(
         ExportError: so little accuracy can only be lost with every layer in float.
     """
     if not calibration:
-        raise ConfigError("quantize=int8 needs training images to calibrate on: give data=<name> (and data.root=<folder>)")
+        raise ConfigError(
+            "quantize=int8 needs training images to calibrate on: give data=<name> (and data.root=<folder>)"
+        )
     if max_drop is not None and not check:
         raise ConfigError("quantize.max_drop needs labelled images to judge by: give some, or quantize.max_drop=null")
     reduce_range, why = _range(reduce_range)

@@ -11,9 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from slimming.deploy.onnx_format import clear
+
 ARITHMETIC = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat")  # what may go back to float
 # These take the scale of their input, so that int8 runs through from layer to layer.
-CARRYING = ("Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Gather", "Pad", "Slice", "Split")
+CARRYING = (
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Gather",
+    "Pad",
+    "Slice",
+    "Split",
+)
 CARRYING += ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Resize")
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -73,11 +86,6 @@ class OnnxQuantiser:
         clear(model)
         onnx.checker.check_model(model)
         path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def clear(model: Any) -> None:
-    """Remove the quantiser's notes, so that the bytes depend on the network and the ranges alone."""
-    del model.metadata_props[:]
 
 
 def _reader(name: str, calibration: Sequence[np.ndarray]) -> Any:
