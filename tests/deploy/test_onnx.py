@@ -85,6 +85,12 @@ def test_networks_that_are_no_graph_of_one_output_are_refused(model, message, tm
         written(model, tmp_path / "a.onnx")
 
 
+def test_a_network_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_format, "LARGEST", 1000)
+    with pytest.raises(ExportError, match="at most 2 GB: take format=torch"):
+        written(trained(Residual(width=20)), tmp_path / "a.onnx")
+
+
 def test_a_missing_package_is_told_with_the_extra(monkeypatch):
     monkeypatch.setattr(onnx_format, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(ConfigError, match=r'needs no_such_package, .*pip install "slimming\[export\]"'):

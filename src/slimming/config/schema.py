@@ -222,7 +222,7 @@ class ExportConfig:
         "onnx",
         "onnx: for onnxruntime, TensorRT and others; torch: a program of torch.export (.pt2); openvino: its IR (.xml and "
         ".bin); safetensors: the weights, and the architecture for `slimming`",
-        choices=("onnx",),
+        choices=("onnx", "torch", "openvino", "safetensors"),
     )
     test_images: int | None = option(
         None,
@@ -231,6 +231,7 @@ class ExportConfig:
         low=0,
         whole=True,
     )
+    seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
     overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)

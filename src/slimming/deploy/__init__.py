@@ -5,7 +5,7 @@ Every module of a format has the same four names:
 SUFFIXES: of the files it writes, the one that is opened first of all.
 PACKAGES, EXTRA: what it needs beside torch, and the extra of `slimming` that brings it.
 write(network, path): write the file (and those beside it) of a `Network`.
-load(path): return a function of float32 images (N, C, H, W) that returns logits (N, classes), both NumPy arrays.
+load(path, threads=None): return a function of float32 images (N, C, H, W) that returns logits (N, classes), both NumPy arrays.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from types import ModuleType
 
 from slimming.errors import ConfigError, check_choice
 
-FORMATS = {"onnx": "onnx_format"}  # name -> module here
+FORMATS = ("onnx", "torch", "openvino", "safetensors")  # each a module here, <name>_format
 
 
 def format_named(name: str) -> ModuleType:
@@ -24,7 +24,7 @@ def format_named(name: str) -> ModuleType:
         ConfigError: there is none of that name, or a package that it needs is not installed.
     """
     check_choice("format", name, FORMATS)
-    module = importlib.import_module(f"slimming.deploy.{FORMATS[name]}")
+    module = importlib.import_module(f"slimming.deploy.{name}_format")
     missing = [package for package in module.PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(

@@ -40,21 +40,23 @@ class Network:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, float32, on the CPU, without operators that engines are slow at."""
+    """Return a copy in eval mode, float32, on the CPU; it gathers where it scattered, as engines are slow at that."""
     copy = copy_model(model).cpu().float().eval()
     for norm in copy.modules():
         if isinstance(norm, SelectBatchNorm) and norm.scatter is not None:
+            source = torch.full(
+                (norm.width,), norm.num_features
+            )  # where each output channel comes from; the last: zeros
+            source[norm.scatter] = torch.arange(norm.num_features)
+            norm.register_buffer("source", source, persistent=False)
             norm.scattered = types.MethodType(_gathered, norm)  # type: ignore[method-assign]
     return copy
 
 
-def _gathered(norm: SelectBatchNorm, x: Tensor) -> Tensor:
-    """Do what `SelectBatchNorm.scattered` does by a gather from x and one channel of zeros: no engine is slow at that."""
-    assert norm.scatter is not None
-    source = torch.full((norm.width,), x.shape[1], device=x.device)
-    source[norm.scatter] = torch.arange(x.shape[1], device=x.device)
+def _gathered(norm: Any, x: Tensor) -> Tensor:
+    """Do what `SelectBatchNorm.scattered` does, by a gather from x and one channel of zeros."""
     padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1))
-    return padded.index_select(1, source)
+    return padded.index_select(1, norm.source)
 
 
 def capture(network: Network) -> ExportedProgram:

@@ -25,7 +25,7 @@ def fresh_process(format_name: str, path: Path) -> Iterator[Callable[[np.ndarray
         ExportError: the artefact cannot be loaded or run; the message ends with what the engine says.
     """
     search = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "slimming.deploy.fresh", format_name, str(path)]
+    command = [sys.executable, "-m", "slimming.deploy.fresh", format_name, str(path.resolve())]
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             command,
@@ -33,6 +33,7 @@ def fresh_process(format_name: str, path: Path) -> Iterator[Callable[[np.ndarray
             stdout=subprocess.PIPE,
             stderr=told,
             env={**os.environ, "PYTHONPATH": search},
+            cwd=path.parent,  # Python looks for modules there first of all
         )
 
         def run(images: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ SUFFIXES = (".onnx",)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 EXTRA = "export"
 OPSET = 18  # the exporter's own, which needs no conversion; TensorRT 8.6 and onnxruntime 1.14 read it already
+LARGEST = 2**31 - 2**24  # bytes of weights: a protobuf message ends at 2 GiB
 UNKNOWN = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>")
 
 
@@ -26,8 +27,15 @@ def write(network: Network, path: Path) -> None:
     """Write a network with a free batch size, every BatchNorm that directly follows a convolution folded into it.
 
     Raises:
-        ExportError: an operator that ONNX or its exporter does not have, with the layer that calls it.
+        ExportError: an operator that ONNX or its exporter does not have, with the layer that calls it; or a network too
+            large for one file.
     """
+    size = sum(value.nbytes for value in network.model.state_dict().values())
+    if size > LARGEST:
+        raise ExportError(
+            f"format=onnx: the weights take {size / 1e9:.1f} GB, and one file of ONNX holds at most 2 GB: "
+            "take format=torch or format=safetensors"
+        )
     model = convert(capture(network))
     path.write_bytes(model.SerializeToString(deterministic=True))
 

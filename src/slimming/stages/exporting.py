@@ -22,7 +22,7 @@ from slimming.data import ImageData
 from slimming.deploy.capturing import BATCH, INPUT, OUTPUT, Network
 from slimming.deploy.fresh import fresh_process
 from slimming.deploy.proving import TOLERANCE, Proof, check, prove
-from slimming.errors import RunDirectoryError
+from slimming.errors import ExportError, RunDirectoryError
 from slimming.files import replacing, write_text
 from slimming.records import Result
 from slimming.stages.building import data_label, try_model
@@ -45,7 +45,7 @@ def export(cfg: ExportConfig, out: Path) -> float:
     Raises:
         SlimmingError: anything that the user can mend; no artefact is then left but an earlier one.
     """
-    begun = Result("export", "exported", None, relative(cfg.checkpoint, out), plain(cfg))
+    begun = Result("export", "exported", cfg.seed, relative(cfg.checkpoint, out), plain(cfg))
     with recorded(out, begun, cfg.logger, cfg.checkpoint) as run:
         _export(cfg, run)
     return run.result.metrics.get("test/acc", math.nan)
@@ -86,7 +86,7 @@ def _data_need(cfg: ExportConfig) -> DataNeed | None:
 def _batches(cfg: ExportConfig, data: ImageData | None, network: Network) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images as the network gets them, one alone first of all, with their labels; without data random ones."""
     if data is None:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(cfg.seed)
         yield from ((torch.randn(n, *network.image, generator=generator), None) for n in RANDOM_BATCHES)
         return
     for number, (images, labels) in enumerate(_loader(data, cfg.test_images)):
@@ -115,11 +115,18 @@ def _check_free(out: Path, names: list[str], overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
-    """Give a folder beside the results that is gone afterwards; and clear away those of exports that were killed."""
+    """Give a folder beside the results that is gone afterwards; and clear away those of exports that were killed.
+
+    Raises:
+        ExportError: the disk is full or not writable.
+    """
     for left in out.glob(WORKSHOP + "*"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=out) as folder:
-        yield Path(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=out) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written ({error}): make room or give another hydra.run.dir") from error
 
 
 def _install(workshop: Path, out: Path, names: list[str], facts: dict[str, Any]) -> None:

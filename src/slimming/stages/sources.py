@@ -14,6 +14,7 @@ from slimming.errors import ConfigError, DataError
 from slimming.records import Record
 from slimming.stages.building import build, build_data, dtype_of, inherit, model_label, model_spec
 
+SourceConfig = PruneConfig | ExportConfig
 REFERENCE_SIZE = 32  # pixels of the images of all data sets that reference implementations train on
 
 
@@ -48,7 +49,7 @@ class Source:
         return torch.zeros(1, seen["in_channels"], seen["image_size"], seen["image_size"], dtype=dtype_of(self.model))
 
 
-def load_source(cfg: PruneConfig | ExportConfig, need: DataNeed | None) -> tuple[Source, ImageData | None]:
+def load_source(cfg: SourceConfig, need: DataNeed | None) -> tuple[Source, ImageData | None]:
     """Load the network, and its data where there is a need.
 
     Raises:
@@ -63,9 +64,7 @@ def load_source(cfg: PruneConfig | ExportConfig, need: DataNeed | None) -> tuple
     return _load_ours(cfg, need, saved)
 
 
-def _load_ours(
-    cfg: PruneConfig | ExportConfig, need: DataNeed | None, saved: Checkpoint
-) -> tuple[Source, ImageData | None]:
+def _load_ours(cfg: SourceConfig, need: DataNeed | None, saved: Checkpoint) -> tuple[Source, ImageData | None]:
     node = inherit("data", cfg.data, (saved.record.config or {}).get("data"))
     data = _load_data(need, node, "data=<name>")
     _check_classes(cfg, data, saved.record.io_shape)
@@ -76,7 +75,7 @@ def _load_ours(
 
 
 def _load_reference(
-    cfg: PruneConfig | ExportConfig, need: DataNeed | None, weights: dict[str, torch.Tensor]
+    cfg: SourceConfig, need: DataNeed | None, weights: dict[str, torch.Tensor]
 ) -> tuple[Source, ImageData | None]:
     data = _load_data(need, cfg.data, "data=cifar10 or another")
     io_shape = reference.io_shape(weights)
@@ -94,12 +93,12 @@ def _load_reference(
     return Source(model, record), data
 
 
-def _given_network(cfg: PruneConfig | ExportConfig, io_shape: dict[str, int]) -> nn.Module | None:
+def _given_network(cfg: SourceConfig, io_shape: dict[str, int]) -> nn.Module | None:
     """Build the dense network that the command line names, None for the checkpoint's."""
     return build("model", cfg.model, **io_shape) if cfg.model.get("_target_") else None
 
 
-def _check_classes(cfg: PruneConfig | ExportConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:
+def _check_classes(cfg: SourceConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:
     if data and data.num_classes != io_shape["num_classes"]:
         raise ConfigError(
             f"the data have {data.num_classes} classes, {cfg.checkpoint} was trained for {io_shape['num_classes']}"
