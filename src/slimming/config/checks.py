@@ -21,6 +21,7 @@ DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
 REPAIR_IMAGES = 2000  # that repair=true stands for
 CALIBRATION_BATCHES = 100  # where there is no repair, after which calibration takes more than it gives
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
+QUANTISABLE = ("onnx", "openvino")  # formats
 ENGINES = ("torch", "compile", "onnxruntime", "openvino")  # of bench.py
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
@@ -142,6 +143,12 @@ def _check_finetune(config: FinetuneConfig) -> None:
 def _check_export(config: ExportConfig) -> None:
     if not config.checkpoint:
         raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
+    if config.quantize.to and config.format not in QUANTISABLE:
+        raise ConfigError(
+            f"quantize={config.quantize.to} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}"
+        )
+    if config.quantize.symmetric and config.format != "onnx":
+        raise ConfigError(f"quantize.symmetric=true is for format=onnx, not for {config.format}")
 
 
 def _check_bench(config: BenchConfig) -> None:

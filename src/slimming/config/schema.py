@@ -212,6 +212,25 @@ class SlimConfig(TrainConfig, PruneOptions):
 
 
 @dataclass
+class QuantizeConfig:
+    """Quantisation of an export. `quantize=int8` sets quantize.to."""
+
+    to: str | None = option(None, "int8, for format=onnx and openvino; null: stays float", choices=("int8",))
+    max_drop: float | None = option(
+        1.0,
+        "points of accuracy that may be lost, on the validation split or else on held-out training images: layers go back to "
+        "float, the most sensitive first, until it is met; null: all are quantised, unchecked",
+        low=0,
+    )
+    batches: int = option(8, "training batches to see the ranges of all tensors on", low=1, whole=True)
+    check_images: int = option(2000, "images to measure that drop on, at most", low=1, whole=True)
+    reduce_range: bool | None = option(
+        None, "true: weights in 7 bits, for CPUs without VNNI; null: as the CPU that quantises needs it"
+    )
+    symmetric: bool = option(False, "format=onnx: zero points of 0 in all tensors, as TensorRT wants them")
+
+
+@dataclass
 class ExportConfig:
     """One export. The groups hold what was given; the rest is as in the checkpoint's training."""
 
@@ -232,6 +251,7 @@ class ExportConfig:
         whole=True,
     )
     seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)
