@@ -26,11 +26,11 @@ def configured(*overrides):
 
 def test_an_int8_export_says_what_it_gives(trained, tmp_path, capsys):
     config = compose_config(f"checkpoint={trained}", "quantize=int8", "quantize.max_drop=100", name="export")
-    accuracy = stages.export(config, tmp_path)
-    facts = json.loads((tmp_path / "export.json").read_text())
+    accuracy = stages.export(config, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
     out = capsys.readouterr().out
-    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "export.json", "result.json"}
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "export.json", "result.json"}
     quantised = facts["quantize"]
     assert (quantised["to"], quantised["layers"], quantised["floats"]) == ("int8", 3, [])
     assert quantised["checked_on"] == "training images held out from the calibration"
