@@ -66,7 +66,7 @@ def test_it_says_when_nothing_beats_the_dense_network():
 def test_a_recorded_decision_is_replayed(thin):
     shape = Shape(8, "full", (selecting(thin)[0],))
     decision = choose({shape: None}, lambda runs: {shape: 1.0})
-    again = replayed(json.loads(json.dumps(decision.record())), "export.json")
+    again = replayed(json.loads(json.dumps(decision.shape.record())), "export.json")
     assert again == shape
     check_replay(thin, again, "export.json")
     first, second = (shaped(thin, EXAMPLE, [s]).made[shape].state_dict() for s in (shape, again))

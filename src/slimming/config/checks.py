@@ -174,6 +174,13 @@ def _check_export(config: ExportConfig) -> None:
         raise ConfigError(
             f"quantize={config.quantize.to} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}"
         )
+    if config.format not in QUANTISABLE and (config.shape == "auto" or config.shape_from):
+        given = f"shape_from={config.shape_from}" if config.shape_from else "shape=auto"
+        raise ConfigError(f"{given} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}")
+    if config.shape_from and config.shape:
+        raise ConfigError(
+            f"shape_from and shape={config.shape} exclude each other: the one takes a shape, the other times"
+        )
     if config.quantize.symmetric and config.format != "onnx":
         raise ConfigError(f"quantize.symmetric=true is for format=onnx, not for {config.format}")
 

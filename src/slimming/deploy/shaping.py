@@ -6,7 +6,7 @@ What pays depends on the engine, the network and the machine: whole networks are
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -49,19 +49,23 @@ class Shape:
         """Return which of the selecting BatchNorms read the full tensor."""
         return [name for name in names if (self.selections == "full") != (name in self.otherwise)]
 
+    def record(self) -> dict[str, Any]:
+        """Return plain data, which `replayed` reads; with the checkpoint and the versions it determines the file."""
+        return {"block": self.block, "selections": self.selections, "otherwise": list(self.otherwise)}
+
 
 AS_PRUNED = Shape()
 
 
 class Shaped(NamedTuple):
-    """Networks by their shape, and why others could not be made."""
+    """Different networks by their shape, and why others could not be made."""
 
     made: dict[Shape, nn.Module]
     refused: dict[Shape, str]
 
 
 def shaped(thin: nn.Module, example: Any, shapes: Sequence[Shape]) -> Shaped:
-    """Make the networks of several shapes, each proven equal to the thin one.
+    """Make the networks of several shapes, each proven equal to the thin one; of several alike the first.
 
     Args:
         thin: a pruned network, or any other; it is not changed.
@@ -69,16 +73,23 @@ def shaped(thin: nn.Module, example: Any, shapes: Sequence[Shape]) -> Shaped:
     """
     graph, names = trace(thin, example), selecting(thin)
     made: dict[Shape, nn.Module] = {}
+    seen: list[Any] = []
     refused: dict[Shape, str] = {}
     for shape in shapes:
-        if shape == AS_PRUNED:
-            made[shape] = thin
-            continue
         try:
-            made[shape] = embed(graph, shape.block, shape.full(names))
+            found = thin if shape == AS_PRUNED else embed(graph, shape.block, shape.full(names))
         except PlanError as error:
             refused[shape] = str(error)
+            continue
+        if (layout := _layout(found)) not in seen:
+            seen.append(layout)
+            made[shape] = found
     return Shaped(made, refused)
+
+
+def _layout(model: nn.Module) -> Any:
+    """Return what tells shapes of one network apart."""
+    return {key: value.shape for key, value in model.state_dict().items()}, selecting(model)
 
 
 def shapes_of(thin: nn.Module, blocks: Sequence[int] = BLOCKS) -> list[Shape]:
@@ -116,16 +127,10 @@ class Decision:
             lines.append("no shape of the pruned network is faster than the dense network in this engine")
         return "\n".join(lines)
 
-    def record(self) -> dict[str, Any]:
-        """Return the decision as plain data, without times: it alone determines the file."""
-        return {"block": self.shape.block, "selections": self.shape.selections, "otherwise": list(self.shape.otherwise)}
-
     def record_times(self) -> list[dict[str, Any]]:
         """Return what was timed as plain data: the dense network first, then the shapes in the order of their trial."""
         dense = [] if self.dense_ms is None else [{"shape": DENSE, "ms": self.dense_ms}]
-        return dense + [
-            {"shape": {**asdict(s), "otherwise": list(s.otherwise)}, "ms": ms} for s, ms in self.times_ms.items()
-        ]
+        return dense + [{"shape": shape.record(), "ms": ms} for shape, ms in self.times_ms.items()]
 
 
 def _row(label: str, ms: float, dense: float | None, pruned: float | None) -> str:
@@ -160,7 +165,7 @@ def choose(
 
 
 def replayed(record: Any, path: Any) -> Shape:
-    """Return the shape that an export recorded (`Decision.record`).
+    """Return the shape that an export recorded (`Shape.record`).
 
     Raises:
         CheckpointError: it is none.

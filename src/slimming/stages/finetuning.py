@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from slimming import checkpoint
-from slimming.channels.low_rank import split_to
 from slimming.channels.options import PenaltyOptions, check_penalty
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune_optimizer_state
@@ -25,6 +24,7 @@ from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
 from slimming.stages.resuming import LAST, resume_point
+from slimming.stages.splitting import split
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
@@ -169,12 +169,8 @@ def _split(cfg: FinetuneConfig, model: nn.Module, record: Record, example: torch
     """Split layers into factors of low rank where that is asked; return the network and all its splits."""
     if cfg.low_rank is None:
         return model, record.low_rank
-    if record.low_rank:
-        raise ConfigError(f"low_rank: the layers of {cfg.checkpoint} are split already; go without low_rank")
-    split = split_to(model, example.to(dtype_of(model)), cfg.low_rank)
-    if rank_zero():
-        print(f"low rank: {len(split.splits)} layers split; {split.share:.1%} of the MACs of all that can be remain")
-    return split.model, split.splits or None
+    found = split(model, cfg.low_rank, record, example, cfg.checkpoint)
+    return found.model, found.splits or None
 
 
 def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: Record, dense: nn.Module | None) -> dict:
