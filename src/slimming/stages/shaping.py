@@ -149,8 +149,8 @@ def _quantised(cfg: ExportConfig, path: Path, images: np.ndarray) -> Path:
     if not cfg.quantize.to:
         return path
     target = path.with_name(f"int8-{path.name}")
-    options = {"reduce_range": cfg.quantize.reduce_range, "symmetric": cfg.quantize.symmetric}
-    quantise(path, target, [images], max_drop=None, **options)
+    given = cfg.quantize
+    quantise(path, target, [images], max_drop=None, reduce_range=given.reduce_range, symmetric=given.symmetric)
     return target
 
 
