@@ -13,10 +13,11 @@ from PIL import Image
 import reference_networks as reference_net
 import slimming
 from conftest import ROOT, SMALL, compose_config
-from slimming import checkpoint, stages
+from slimming import checkpoint, models, stages
 from slimming.channels.plan import PruningPlan
 from slimming.data import Digits
 from slimming.errors import CheckpointError, ConfigError, DataError, GraphError
+from slimming.stages.pruning_text import inspection
 
 LEFT = {"pruned.ckpt", "plan.json", "result.json", "widths.png", "gammas.png"}
 QUICK = ("latency_batch=2", "calibrate.batches=3", "trainer.accelerator=cpu")
@@ -201,6 +202,19 @@ def test_inspecting_writes_nothing(sparse, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     text = capsys.readouterr().out
     assert "feature.1 " in text and "ties=apart (20 candidates)" in text
+    assert "of the candidates are near zero" in text and "sparsity=auto target_ratio=" in text
+
+
+def test_the_guide_finds_the_share_that_was_made_zero(capsys):
+    model = models.vgg(widths=[20, "M", 20])
+    with torch.no_grad():
+        for norm, gone in ((model.feature[1], 17), (model.feature[5], 1)):
+            norm.weight.uniform_(0.5, 1)[:gone] = 0.0
+    text = inspection(slimming.trace(model, torch.zeros(1, 3, 32, 32)))
+    assert "45.0% of the candidates are near zero" in text and "ratio=0.45: what is near zero" in text
+    assert "0.4           0.00%   feature.1 keeps 4 of 20" in text, (
+        "the share of squared gammas, and the thinnest layer"
+    )
 
 
 def test_without_data(sparse, tmp_path, monkeypatch):
