@@ -75,7 +75,7 @@ def _guide(graph: ChannelGraph) -> list[str]:
     for ratio in RATIOS:
         gone = float(squares[: round(ratio * len(squares))].sum() / squares.sum())
         lines.append(f"  {ratio:>6} {gone:>15.2%}   {_thinnest(graph.plan(GlobalRatio(ratio)))}")
-    safe = math.floor(20 * ready) / 20
+    safe = math.floor(20 * ready + 1e-3) / 20  # down to a multiple of 0.05
     lines += ["", f"{ready:.1%} of the candidates are near zero (below 1% of the largest gamma)."]
     if safe:
         lines.append(f"  ratio={safe:g}: what is near zero; calibration is enough")
