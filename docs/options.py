@@ -29,6 +29,8 @@ STAGES = {
     "finetune": "Beside them: all groups of train.py. Every value of a group that is not given is that of the checkpoint's "
     "training.",
     "slim": "slim.py takes all options and groups of train.py and the options of prune.py as well; these are new or different:",
+    "export": "Beside them: the groups model, data and logger. Values of model and data that are not given are those of the "
+    "checkpoint.",
     "report": "",
 }
 LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?$")

@@ -95,7 +95,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     Raises:
         CheckpointError: missing, truncated, foreign, of a newer format, or holding code (which is not run).
     """
-    content = read_data(path)
+    return checked(read_data(path), path)
+
+
+def checked(content: Any, path: str | os.PathLike) -> Checkpoint:
+    """Return what was read from a file as a checkpoint, once its record is known to be one; errors as `read`."""
     record = content.get("slimming") if isinstance(content, dict) else None
     if not isinstance(record, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} was not written by slimming: it has no 'slimming' record")

@@ -35,6 +35,10 @@ class TrainingError(SlimmingError):
     """A training cannot go on."""
 
 
+class ExportError(SlimmingError):
+    """A network cannot be written in a format, or what was written does not compute what the network computes."""
+
+
 def check_number(
     key: str,
     value,

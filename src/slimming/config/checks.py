@@ -4,7 +4,15 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from slimming.config.schema import FinetuneConfig, PruneConfig, PruneOptions, RepairConfig, SlimConfig, TrainConfig
+from slimming.config.schema import (
+    ExportConfig,
+    FinetuneConfig,
+    PruneConfig,
+    PruneOptions,
+    RepairConfig,
+    SlimConfig,
+    TrainConfig,
+)
 from slimming.errors import ConfigError, check_number
 from slimming.options import check_options
 
@@ -30,7 +38,8 @@ def check(cfg: DictConfig) -> Any:
         if config.calibrate.batches is None:
             config.calibrate.batches = 0 if config.repair else CALIBRATION_BATCHES
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
-    for kind, function in (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim)):
+    checks = (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim), (ExportConfig, _check_export))
+    for kind, function in checks:
         if isinstance(config, kind):
             function(config)
     return config
@@ -125,6 +134,11 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
     if config.trainer.get("max_epochs") is not None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
+
+
+def _check_export(config: ExportConfig) -> None:
+    if not config.checkpoint:
+        raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
 
 
 def _check_slim(config: SlimConfig) -> None:

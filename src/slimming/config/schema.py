@@ -212,6 +212,33 @@ class SlimConfig(TrainConfig, PruneOptions):
 
 
 @dataclass
+class ExportConfig:
+    """One export. The groups hold what was given; the rest is as in the checkpoint's training."""
+
+    checkpoint: str | None = option(
+        None, "the network to export: a checkpoint of any stage, or a file of a reference implementation (with model=)"
+    )
+    format: str = option(
+        "onnx",
+        "onnx: for onnxruntime, TensorRT and others; torch: a program of torch.export (.pt2); openvino: its IR (.xml and "
+        ".bin); safetensors: the weights, and the architecture for `slimming`",
+        choices=("onnx", "torch", "openvino", "safetensors"),
+    )
+    test_images: int | None = option(
+        None,
+        "test images, spread over all, to prove on that the artefact computes what the network computes, and to measure the "
+        "accuracy of both on; null: all; 0: random images and no accuracy, for which no data are needed",
+        low=0,
+        whole=True,
+    )
+    seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
+    overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
+    model: Group = field(default_factory=dict)
+    data: Group = field(default_factory=dict)
+    logger: Group = field(default_factory=dict)
+
+
+@dataclass
 class ReportConfig:
     """A report on the runs below a folder."""
 
@@ -224,6 +251,7 @@ SCHEMAS = {
     "prune": PruneConfig,
     "finetune": FinetuneConfig,
     "slim": SlimConfig,
+    "export": ExportConfig,
     "report": ReportConfig,
 }
 

@@ -39,6 +39,8 @@ def collect(folder: Path) -> Collection:
         except (OSError, ValueError) as error:
             found.unusable.append((f"{name}/result.json", f"not readable: {error}"))
             continue
+        if isinstance(result, dict) and result.get("stage") == "export" and result.get("status") == "finished":
+            continue  # no network of its own: the same one in another format
         if why := _fault(result):
             found.unusable.append((f"{name}/result.json", why))
         elif result["status"] == "failed":

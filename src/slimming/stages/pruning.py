@@ -30,7 +30,7 @@ from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import OngoingStage, quiet, recorded, relative
 from slimming.stages.repairing import repaired
 from slimming.stages.resuming import LAST
-from slimming.stages.sources import Source, load_source
+from slimming.stages.sources import DataNeed, Source, load_source
 from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
@@ -48,7 +48,7 @@ def prune(cfg: PruneConfig, out: Path) -> float:
     """
     if cfg.inspect:
         with quiet():
-            source, _ = load_source(cfg)
+            source, _ = load_source(cfg, None)
             print(inspection(trace(source.model, source.example)))
         return math.nan
     begun = Result("prune", "pruned", cfg.seed, relative(cfg.checkpoint, out), plain(cfg))
@@ -65,7 +65,7 @@ def prune(cfg: PruneConfig, out: Path) -> float:
 def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     out, result = run.out, run.result
     criterion = make_criterion(cfg)
-    source, data = load_source(cfg)
+    source, data = load_source(cfg, _data_need(cfg))
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
     dense_costs = try_model(source.model, source.example)
     graph = trace(source.model, source.example)
@@ -89,6 +89,14 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
         print(f"{times['before']:.1f} -> {times['after']:.1f} ms (medians of 15, taking turns)")
     _leave(cfg, out, source, thin, plan, result)
     _ = run.loggers  # opened now that the pruning has succeeded; they get what it left
+
+
+def _data_need(cfg: PruneConfig) -> DataNeed | None:
+    if cfg.repair:
+        return DataNeed("repair, calibration and accuracy need", "repair=false calibrate.batches=0 test=false")
+    if cfg.test or cfg.calibrate.batches:
+        return DataNeed("calibration and accuracy need", "calibrate.batches=0 test=false")
+    return None
 
 
 def make_criterion(cfg: PruneConfig) -> criteria.Criterion:

@@ -1,4 +1,4 @@
-"""Where a pruning's network comes from: a checkpoint of ours, or a file of a reference implementation."""
+"""Where the network of a pruning or an export comes from: a checkpoint of ours, or a file of a reference implementation."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,18 +8,27 @@ from torch import nn
 
 from slimming import checkpoint, reference
 from slimming.checkpoint import Checkpoint
-from slimming.config import PruneConfig
+from slimming.config import ExportConfig, PruneConfig
 from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
 from slimming.records import Record
 from slimming.stages.building import build, build_data, dtype_of, inherit, model_label, model_spec
 
+SourceConfig = PruneConfig | ExportConfig
 REFERENCE_SIZE = 32  # pixels of the images of all data sets that reference implementations train on
 
 
 @dataclass
+class DataNeed:
+    """Why a stage needs the data: `needs` and how to go `without`, as a message says it."""
+
+    needs: str
+    without: str
+
+
+@dataclass
 class Source:
-    """The network to prune, in eval mode on the CPU, and the record that it came with."""
+    """The network to prune or to export, in eval mode on the CPU, and the record that it came with."""
 
     model: nn.Module
     record: Record
@@ -40,8 +49,8 @@ class Source:
         return torch.zeros(1, seen["in_channels"], seen["image_size"], seen["image_size"], dtype=dtype_of(self.model))
 
 
-def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
-    """Load the network, and its data if calibration or a test will need them.
+def load_source(cfg: SourceConfig, need: DataNeed | None) -> tuple[Source, ImageData | None]:
+    """Load the network, and its data where there is a need.
 
     Raises:
         CheckpointError: no checkpoint of ours nor of a known reference implementation.
@@ -49,15 +58,15 @@ def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
     """
     weights = reference.read(cfg.checkpoint)
     if weights is not None:
-        return _load_reference(cfg, weights)
+        return _load_reference(cfg, need, weights)
     saved = checkpoint.read(cfg.checkpoint)
     saved.record.need(cfg.checkpoint, "config", "data")
-    return _load_ours(cfg, saved)
+    return _load_ours(cfg, need, saved)
 
 
-def _load_ours(cfg: PruneConfig, saved: Checkpoint) -> tuple[Source, ImageData | None]:
+def _load_ours(cfg: SourceConfig, need: DataNeed | None, saved: Checkpoint) -> tuple[Source, ImageData | None]:
     node = inherit("data", cfg.data, (saved.record.config or {}).get("data"))
-    data = _load_data(cfg, node, "data=<name>")
+    data = _load_data(need, node, "data=<name>")
     _check_classes(cfg, data, saved.record.io_shape)
     record = replace(saved.record, stage="prune", config=(saved.record.config or {}) | {"data": node})
     if data:
@@ -65,8 +74,10 @@ def _load_ours(cfg: PruneConfig, saved: Checkpoint) -> tuple[Source, ImageData |
     return Source(checkpoint.rebuild(saved, _given_network(cfg, saved.record.io_shape)), record), data
 
 
-def _load_reference(cfg: PruneConfig, weights: dict[str, torch.Tensor]) -> tuple[Source, ImageData | None]:
-    data = _load_data(cfg, cfg.data, "data=cifar10 or another")
+def _load_reference(
+    cfg: SourceConfig, need: DataNeed | None, weights: dict[str, torch.Tensor]
+) -> tuple[Source, ImageData | None]:
+    data = _load_data(need, cfg.data, "data=cifar10 or another")
     io_shape = reference.io_shape(weights)
     _check_classes(cfg, data, io_shape)
     given = _given_network(cfg, io_shape)
@@ -82,26 +93,23 @@ def _load_reference(cfg: PruneConfig, weights: dict[str, torch.Tensor]) -> tuple
     return Source(model, record), data
 
 
-def _given_network(cfg: PruneConfig, io_shape: dict[str, int]) -> nn.Module | None:
+def _given_network(cfg: SourceConfig, io_shape: dict[str, int]) -> nn.Module | None:
     """Build the dense network that the command line names, None for the checkpoint's."""
     return build("model", cfg.model, **io_shape) if cfg.model.get("_target_") else None
 
 
-def _check_classes(cfg: PruneConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:
+def _check_classes(cfg: SourceConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:
     if data and data.num_classes != io_shape["num_classes"]:
         raise ConfigError(
             f"the data have {data.num_classes} classes, {cfg.checkpoint} was trained for {io_shape['num_classes']}"
         )
 
 
-def _load_data(cfg: PruneConfig, node: dict, choice: str) -> ImageData | None:
+def _load_data(need: DataNeed | None, node: dict, choice: str) -> ImageData | None:
     """Load the data if they are needed; `choice` is what to give where none are named."""
-    if cfg.inspect or not (cfg.test or cfg.calibrate.batches or cfg.repair):
+    if need is None:
         return None
-    needs, without = "calibration and accuracy need", "calibrate.batches=0 test=false"
-    if cfg.repair:
-        needs, without = "repair, calibration and accuracy need", f"repair=false {without}"
-    advice = f"{needs} the data: give {{}}, or go without by {without}"
+    advice = f"{need.needs} the data: give {{}}, or go without by {need.without}"
     if not node.get("_target_"):
         raise DataError(advice.format(choice))
     try:

@@ -1,0 +1,68 @@
+"""safetensors: the weights as plain arrays, and in the file's header the architecture, as `slimming` rebuilds it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimming import checkpoint
+from slimming.deploy.capturing import Network
+from slimming.errors import CheckpointError, ExportError
+from slimming.records import Record
+
+SUFFIXES = (".safetensors",)
+PACKAGES = ("safetensors",)
+EXTRA = "export"
+KEY = "slimming"  # of the record in the header; the only one, as several would be written in any order
+
+
+def write(network: Network, path: Path) -> None:
+    """Write the weights, in their own precision, and what the network is built from; nothing of its training.
+
+    Raises:
+        ExportError: the network is not one of slimming.models, so that no record rebuilds it.
+    """
+    from safetensors.torch import save_file
+
+    record = network.record
+    if record.model is None:
+        raise ExportError(
+            "format=safetensors describes networks of slimming.models, and this one is of a class of your own: "
+            "take another format"
+        )
+    kept = Record(record.model, record.plans, data=record.data)
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in network.model.state_dict().items()}
+    save_file(weights, path, {KEY: json.dumps(kept.to_dict(), sort_keys=True)})
+
+
+def rebuild(path: Path | str) -> nn.Module:
+    """Rebuild the network of a file, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by `export.py format=safetensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {}).get(KEY, "null"))
+            weights = {checkpoint.PREFIX + key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return checkpoint.rebuild(checkpoint.checked({"state_dict": weights, "slimming": record}, path))
+
+
+def load(path: Path, threads: int | None = None) -> Callable[[Any], Any]:
+    """Return the function that a file's network computes, in eager torch; `threads`: None leaves torch's setting."""
+    if threads:
+        torch.set_num_threads(threads)
+    model = rebuild(path).float()
+
+    def run(images: Any) -> Any:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()
+
+    return run

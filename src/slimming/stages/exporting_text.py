@@ -1,0 +1,18 @@
+"""What `export.py` prints."""
+
+from typing import Any
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """Say what was written, how it was proven, and what it gives."""
+    parity, accuracy = facts["parity"], facts["accuracy"]
+    opset = f", opset {facts['opset']}" * bool(facts["opset"])
+    shapes = [f"{facts[key]['name']} ({', '.join(map(str, facts[key]['shape']))})" for key in ("input", "output")]
+    lines = [
+        f"{' and '.join(facts['files'])}: {facts['size_bytes'] / 1e6:.2f} MB{opset}; {' -> '.join(shapes)}",
+        f"proven in a fresh process on {parity['images']:,} images ({parity['of']}): the logits differ by "
+        f"{parity['relative']:.1e} of the largest (allowed: {parity['allowed']:.0e})",
+    ]
+    if accuracy:
+        lines += [f"test accuracy: {accuracy['test/acc_before']:.2%} -> {accuracy['test/acc']:.2%} exported"]
+    return "\n".join(lines)
