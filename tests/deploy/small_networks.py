@@ -3,10 +3,12 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from slimming import models
+from slimming.deploy.onnx_format import clear
 
 
 def small_vgg(widths=(8, "M", 12), classes: int = 5, seed: int = 0) -> nn.Module:
@@ -17,6 +19,13 @@ def small_vgg(widths=(8, "M", 12), classes: int = 5, seed: int = 0) -> nn.Module
         nn.init.uniform_(norm.weight, 0.2, 1.0)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return model
+
+
+def balanced(model: nn.Module, images: np.ndarray) -> nn.Module:
+    """Shift the logits of a network with a `classifier` so that random images fall into all classes."""
+    with torch.no_grad():
+        model.classifier.bias -= model(torch.from_numpy(images)).mean(0)
     return model
 
 
@@ -35,6 +44,7 @@ def onnx_bytes(model: nn.Module, size: int = 8, *, batch: int | None = None) -> 
             output_names=["logits"],
             verbose=False,
         )
+    clear(program.model_proto)
     return program.model_proto.SerializeToString()
 
 

@@ -84,6 +84,14 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def core_share(seconds: float = 0.2) -> float:
+    """Return what share of a core a thread of this process gets while it does nothing but work; near 1 on a quiet machine."""
+    start, worked = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - start < seconds:
+        pass
+    return min(1.0, (time.thread_time() - worked) / (time.perf_counter() - start))
+
+
 def cpu_flags() -> list[str]:
     """List the vector instructions of this CPU that decide how fast networks run; [] where the system does not tell."""
     there = set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
