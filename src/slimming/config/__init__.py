@@ -3,10 +3,11 @@
 Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
-from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, ratios
+from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, lists_for_commas, ratios
 from slimming.config.registration import DISTRIBUTED, record_folder, tag
 from slimming.config.schema import (
     SCHEMAS,
+    BenchConfig,
     BudgetConfig,
     DistillConfig,
     ExportConfig,
@@ -14,6 +15,7 @@ from slimming.config.schema import (
     PenaltyConfig,
     PruneConfig,
     PruneOptions,
+    QuantizeConfig,
     RepairConfig,
     ReportConfig,
     SlimConfig,
@@ -26,6 +28,7 @@ __all__ = [
     "DEFAULT_RATIO",
     "DISTRIBUTED",
     "SCHEMAS",
+    "BenchConfig",
     "BudgetConfig",
     "DistillConfig",
     "ExportConfig",
@@ -33,6 +36,7 @@ __all__ = [
     "PenaltyConfig",
     "PruneConfig",
     "PruneOptions",
+    "QuantizeConfig",
     "RepairConfig",
     "ReportConfig",
     "SlimConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "TrainOptions",
     "check",
     "criterion_name",
+    "lists_for_commas",
     "plain",
     "ratios",
     "record_folder",
