@@ -31,6 +31,7 @@ STAGES = {
     "slim": "slim.py takes all options and groups of train.py and the options of prune.py as well; these are new or different:",
     "export": "Beside them: the groups model, data and logger. Values of model and data that are not given are those of the "
     "checkpoint.",
+    "bench": "",
     "report": "",
 }
 LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?$")

@@ -3,16 +3,18 @@
 Imported by the entries before anything heavy: no torch, no lightning here.
 """
 
-from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, ratios
+from slimming.config.checks import DEFAULT_RATIO, check, criterion_name, lists_for_commas, ratios
 from slimming.config.registration import DISTRIBUTED, record_folder, tag
 from slimming.config.schema import (
     SCHEMAS,
+    BenchConfig,
     BudgetConfig,
     DistillConfig,
     ExportConfig,
     FinetuneConfig,
     PruneConfig,
     PruneOptions,
+    QuantizeConfig,
     RepairConfig,
     ReportConfig,
     SlimConfig,
@@ -25,12 +27,14 @@ __all__ = [
     "DEFAULT_RATIO",
     "DISTRIBUTED",
     "SCHEMAS",
+    "BenchConfig",
     "BudgetConfig",
     "DistillConfig",
     "ExportConfig",
     "FinetuneConfig",
     "PruneConfig",
     "PruneOptions",
+    "QuantizeConfig",
     "RepairConfig",
     "ReportConfig",
     "SlimConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "TrainOptions",
     "check",
     "criterion_name",
+    "lists_for_commas",
     "plain",
     "ratios",
     "record_folder",

@@ -6,6 +6,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from slimming.channels.options import check_penalty
 from slimming.config.schema import (
+    BenchConfig,
     ExportConfig,
     FinetuneConfig,
     PruneConfig,
@@ -15,13 +16,15 @@ from slimming.config.schema import (
     TrainConfig,
     TrainOptions,
 )
-from slimming.errors import ConfigError, check_number
+from slimming.errors import ConfigError, check_choice, check_number
 from slimming.options import check_options
 
 DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
 REPAIR_IMAGES = 2000  # that repair=true stands for
 CALIBRATION_BATCHES = 100  # where there is no repair, after which calibration takes more than it gives
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
+QUANTISABLE = ("onnx", "openvino")  # formats
+ENGINES = ("torch", "compile", "onnxruntime", "openvino")  # of bench.py
 NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
 
 
@@ -43,6 +46,7 @@ def check(cfg: DictConfig) -> Any:
         _check_steering(config)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
     checks = (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim), (ExportConfig, _check_export))
+    checks = (*checks, (BenchConfig, _check_bench))
     for kind, function in checks:
         if isinstance(config, kind):
             function(config)
@@ -163,6 +167,40 @@ def _check_finetune(config: FinetuneConfig) -> None:
 def _check_export(config: ExportConfig) -> None:
     if not config.checkpoint:
         raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
+    if config.quantize.to and config.format not in QUANTISABLE:
+        raise ConfigError(
+            f"quantize={config.quantize.to} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}"
+        )
+    if config.quantize.symmetric and config.format != "onnx":
+        raise ConfigError(f"quantize.symmetric=true is for format=onnx, not for {config.format}")
+
+
+def _check_bench(config: BenchConfig) -> None:
+    if not config.models:
+        raise ConfigError("models='[<a.ckpt>,<b.onnx>]' is needed: the files to time")
+    if len(set(config.models)) < len(config.models):
+        raise ConfigError(f"models={config.models} names a file twice")
+    for key in ("batch", "threads"):
+        value = getattr(config, key)
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ConfigError(f"{key}={value} must be one number, or several different ones")
+        setattr(config, key, numbers)
+    if config.engines == []:
+        raise ConfigError(f"engines=[] is empty: give some of {', '.join(ENGINES)}, or null")
+    for name in config.engines or ():
+        check_choice("each of engines", name, ENGINES)
+
+
+def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
+    """Write `key=1,64` as `key=[1,64]` among a command's arguments, which Hydra would take for a sweep without -m."""
+    if {"-m", "--multirun"} & set(arguments):
+        return arguments
+    pairs = [argument.partition("=") for argument in arguments]
+    return [
+        f"{key}=[{value}]" if key in keys and "," in value and value[0] != "[" else f"{key}{sign}{value}"
+        for key, sign, value in pairs
+    ]
 
 
 def _check_slim(config: SlimConfig) -> None:

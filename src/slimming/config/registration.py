@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from slimming.config.help import help_text
-from slimming.config.schema import SCHEMAS
+from slimming.config.schema import SCHEMAS, QuantizeConfig
 from slimming.errors import SlimmingError
 from slimming.folders import claim
 from slimming.ranks import rank, started
@@ -25,6 +25,8 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     for group in INHERITED:
         store.store(group=group, name="checkpoint", node=dict.fromkeys(_keys(CONFIGS / group), MISSING))
+    for name, to in (("none", None), ("int8", "int8")):  # as a group: quantize=int8 and quantize.max_drop=2 go together
+        store.store(group="quantize", name=name, node=QuantizeConfig(to=to))
     OmegaConf.register_new_resolver("tag", tag, replace=True)
     # Cached: the jobs of a sweep take over what the sweep has resolved, on whichever machine they run.
     OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)

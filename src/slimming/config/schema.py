@@ -232,6 +232,25 @@ class SlimConfig(TrainConfig, PruneOptions):
 
 
 @dataclass
+class QuantizeConfig:
+    """Quantisation of an export. `quantize=int8` sets quantize.to."""
+
+    to: str | None = option(None, "int8, for format=onnx and openvino; null: stays float", choices=("int8",))
+    max_drop: float | None = option(
+        1.0,
+        "points of accuracy that may be lost, on the validation split or else on held-out training images: layers go back to "
+        "float, the most sensitive first, until it is met; null: all are quantised, unchecked",
+        low=0,
+    )
+    batches: int = option(8, "training batches to see the ranges of all tensors on", low=1, whole=True)
+    check_images: int = option(2000, "images to measure that drop on, at most", low=1, whole=True)
+    reduce_range: bool | None = option(
+        None, "true: weights in 7 bits, for CPUs without VNNI; null: as the CPU that quantises needs it"
+    )
+    symmetric: bool = option(False, "format=onnx: zero points of 0 in all tensors, as TensorRT wants them")
+
+
+@dataclass
 class ExportConfig:
     """One export. The groups hold what was given; the rest is as in the checkpoint's training."""
 
@@ -252,10 +271,36 @@ class ExportConfig:
         whole=True,
     )
     seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)
     logger: Group = field(default_factory=dict)
+
+
+@dataclass
+class BenchConfig:
+    """Latencies of several networks, side by side."""
+
+    models: list[str] = option([], "the files to time: checkpoints (.ckpt), .onnx, .pt2, OpenVINO's .xml")
+    batch: Any = option([1], "images per pass, a number or several: batch=1,64", low=1, whole=True)
+    threads: Any = option(
+        [1], "of one pass, a number or several: threads=1,2; at most the cores there are", low=1, whole=True
+    )
+    engines: list[str] | None = option(
+        None,
+        "among torch, compile (torch.compile), onnxruntime and openvino: every file is timed in those that read it, "
+        "torch and compile .ckpt and .pt2, onnxruntime and openvino .onnx, openvino .xml; null: the first that does",
+    )
+    turns: int = option(
+        15, "how often the networks take turns; the medians and quartiles are of these", low=3, whole=True
+    )
+    budget_s: float = option(
+        20.0,
+        "seconds per network, batch and number of threads; slow ones get fewer turns, but at least 3",
+        low=0,
+        above=True,
+    )
 
 
 @dataclass
@@ -272,6 +317,7 @@ SCHEMAS = {
     "finetune": FinetuneConfig,
     "slim": SlimConfig,
     "export": ExportConfig,
+    "bench": BenchConfig,
     "report": ReportConfig,
 }
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from slimming.files import replacing, write_text
 from slimming.records import Result
 from slimming.stages.building import data_label, try_model
 from slimming.stages.exporting_text import summary
+from slimming.stages.quantising import quantise_artefact
 from slimming.stages.recording import OngoingStage, recorded, relative, versions
 from slimming.stages.sources import DataNeed, Source, load_source
 
@@ -66,7 +68,10 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
         with fresh_process(cfg.format, workshop / names[0]) as artefact:
             proof = prove(artefact, source.model, _batches(cfg, data, network))
         check(proof)
-        facts = _facts(cfg, source, network, proof) | _files([workshop / name for name in names], file_format)
+        facts = _facts(cfg, source, network, proof)
+        if cfg.quantize.to:
+            facts |= _quantised(cfg, source, data, workshop / names[0], _batches(cfg, data, network))
+        facts |= _files([workshop / name for name in names], file_format)
         _install(workshop, out, names, facts)
     result.metrics = facts["accuracy"] or {}
     result.details["export"] = facts
@@ -74,10 +79,28 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
     _ = run.loggers  # opened now that the export has succeeded; they get what it left
 
 
+def _quantised(
+    cfg: ExportConfig,
+    source: Source,
+    data: ImageData | None,
+    artefact: Path,
+    batches: Iterator[tuple[Tensor, Tensor | None]],
+) -> dict[str, Any]:
+    """Put an int8 artefact in the place of a float one; return what export.json says of it."""
+    found, checked_on = quantise_artefact(cfg.quantize, data, artefact)
+    with fresh_process(cfg.format, artefact) as run:
+        proof = prove(run, source.model, batches)
+    print(found.describe(checked_on))
+    facts = {"quantize": asdict(found) | {"to": cfg.quantize.to, "checked_on": checked_on, "relative": proof.relative}}
+    return facts | {"accuracy": _accuracy(proof)}
+
+
 # --- the images -------------------------------------------------------------------------------------------------------
 
 
 def _data_need(cfg: ExportConfig) -> DataNeed | None:
+    if cfg.quantize.to:
+        return DataNeed(f"quantize={cfg.quantize.to}, which calibrates on training images, needs", "quantize=none")
     if cfg.test_images == 0:
         return None
     return DataNeed("the proof on test images, and the accuracy, need", "test_images=0: random images, no accuracy")
@@ -85,7 +108,7 @@ def _data_need(cfg: ExportConfig) -> DataNeed | None:
 
 def _batches(cfg: ExportConfig, data: ImageData | None, network: Network) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images as the network gets them, one alone first of all, with their labels; without data random ones."""
-    if data is None:
+    if data is None or cfg.test_images == 0:
         generator = torch.Generator().manual_seed(cfg.seed)
         yield from ((torch.randn(n, *network.image, generator=generator), None) for n in RANDOM_BATCHES)
         return
@@ -141,7 +164,6 @@ def _install(workshop: Path, out: Path, names: list[str], facts: dict[str, Any])
 def _facts(cfg: ExportConfig, source: Source, network: Network, proof: Proof) -> dict[str, Any]:
     """Return what export.json says beside the files: how to feed the artefact, and what was found in its proof."""
     seen = source.record.data or {}
-    accuracy = {"test/acc": proof.accuracy, "test/acc_before": proof.accuracy_before, "n_test": proof.labelled}
     return {
         "format": cfg.format,
         "model": source.label,
@@ -161,9 +183,16 @@ def _facts(cfg: ExportConfig, source: Source, network: Network, proof: Proof) ->
             "relative": proof.relative,
             "allowed": TOLERANCE,
         },
-        "accuracy": accuracy if proof.labelled else None,
+        "accuracy": _accuracy(proof),
+        "quantize": None,
         "shaping": None,
     }
+
+
+def _accuracy(proof: Proof) -> dict[str, Any] | None:
+    if not proof.labelled:
+        return None
+    return {"test/acc": proof.accuracy, "test/acc_before": proof.accuracy_before, "n_test": proof.labelled}
 
 
 def _files(paths: list[Path], file_format: ModuleType) -> dict[str, Any]:

@@ -8,11 +8,13 @@ def summary(facts: dict[str, Any]) -> str:
     parity, accuracy = facts["parity"], facts["accuracy"]
     opset = f", opset {facts['opset']}" * bool(facts["opset"])
     shapes = [f"{facts[key]['name']} ({', '.join(map(str, facts[key]['shape']))})" for key in ("input", "output")]
+    before = "before its quantisation " * bool(facts["quantize"])
     lines = [
         f"{' and '.join(facts['files'])}: {facts['size_bytes'] / 1e6:.2f} MB{opset}; {' -> '.join(shapes)}",
-        f"proven in a fresh process on {parity['images']:,} images ({parity['of']}): the logits differ by "
+        f"{before}proven in a fresh process on {parity['images']:,} images ({parity['of']}): the logits differ by "
         f"{parity['relative']:.1e} of the largest (allowed: {parity['allowed']:.0e})",
     ]
     if accuracy:
-        lines += [f"test accuracy: {accuracy['test/acc_before']:.2%} -> {accuracy['test/acc']:.2%} exported"]
+        kind = "in int8" if facts["quantize"] else "exported"
+        lines += [f"test accuracy: {accuracy['test/acc_before']:.2%} -> {accuracy['test/acc']:.2%} {kind}"]
     return "\n".join(lines)

@@ -6,12 +6,13 @@ from pathlib import Path
 from slimming.config import ReportConfig
 from slimming.errors import DataError
 from slimming.files import remove_temporaries, write_text
+from slimming.report import latencies
 from slimming.report.collect import Collection, collect
 from slimming.report.document import Section, Table, markdown, page
 from slimming.report.sections import sections
 from slimming.report.tables import spreadsheet
 
-KINDS = ("tradeoff", "sweep", "kept", "gammas", "curves")  # of the pictures that a report makes
+KINDS = ("tradeoff", "sweep", "kept", "gammas", "curves", "latencies")  # of the pictures that a report makes
 SHOWN = ["network", "setting", "test accuracy (%)", "parameters", "MACs (M)", "latency (ms)"]  # columns on the screen
 
 
@@ -27,7 +28,9 @@ def report(cfg: ReportConfig, out: Path | None = None) -> float:
     if not folder.is_dir():
         raise DataError(f"runs={cfg.runs} is not a folder")
     found = collect(folder)
-    if not found.runs and not found.failed:
+    benches, useless = latencies.collect(folder)
+    found.unusable += useless
+    if not found.runs and not found.failed and not benches:
         skipped = f"; skipped: {'; '.join(' '.join(u) for u in found.unusable)}" if found.unusable else ""
         raise DataError(f"runs={cfg.runs} holds no result.json of a finished or failed run{skipped}")
     target = Path(cfg.out or folder)
@@ -36,7 +39,7 @@ def report(cfg: ReportConfig, out: Path | None = None) -> float:
     remove_temporaries(pictures)
     for old in (f for kind in KINDS for f in pictures.glob(f"{kind}_*.png")):
         old.unlink()
-    made = sections(found, pictures)
+    made = [*sections(found, pictures), *latencies.sections(benches, pictures)]
     title = f"Network Slimming: {folder.resolve().name}"
     write_text(target / "report.md", markdown(title, made, target))
     write_text(target / "report.csv", spreadsheet(found, folder).csv())
