@@ -17,8 +17,10 @@ class PlanOptions:
     )
     score: str = option(
         "gamma",
-        "score of a channel: |gamma|; or, to compare with, random (by seed) or weight_l1 of its filter",
-        choices=("gamma", "random", "weight_l1"),
+        "score of a channel, the lowest go first: |gamma|; lamp: gamma^2 over those of its layer that are not smaller; "
+        "reconstruction: the loss that no repair makes up for (training images, no labels); taylor: the change of the loss, to "
+        "first order (with labels); or, to compare with, random (by seed) or weight_l1 of its filter",
+        choices=("gamma", "lamp", "reconstruction", "taylor", "random", "weight_l1"),
     )
     reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
     min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)
