@@ -7,6 +7,9 @@ from torch import nn
 
 import slimming
 from slimming import models
+from slimming.channels.graph.candidates import decided_together, trainable_gammas
+from slimming.channels.graph.deciding import make_choice, unit_macs
+from slimming.channels.graph.liveness import solve
 from slimming.channels.graph.scores import reconstruction as module
 from slimming.channels.graph.scores.reconstruction import Reader
 from slimming.channels.repair.refit import RIDGE
@@ -237,6 +240,37 @@ def test_few_at_once_are_nearly_one_at_a_time(images, monkeypatch):
     several = graph.scores("reconstruction", batches=[images])
     assert not torch.equal(one, several)
     assert len({*one[:24].argsort()[:12].tolist()} & {*several[:24].argsort()[:12].tolist()}) >= 10
+
+
+# --- per MAC ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_per_mac_by_hand(chain, images):
+    """conv1 3 -> 5 at 8x8, conv2 5 -> 4 at 8x8, the head reads 4 channels at 4 positions and writes 3."""
+    first, second = 64 * 9 * 3 + 64 * 9 * 4, 64 * 9 * 5 + 4 * 3
+    graph = slimming.trace(chain, images[:1])
+    given = {"norm1": [0.99 * first, 9e9, 9e9, 9e9, 1.01 * first], "norm2": [9e9, 9e9, 9e9, second]}
+    plan = graph.plan(slimming.GlobalRatio(0.12), score=given, per="macs")
+    assert plan.keep == {"norm1": [1, 2, 3, 4]} and plan.asked["per"] == "macs"
+    plan = graph.plan(slimming.GlobalRatio(0.23), score=given, per="macs")
+    assert plan.keep == {"norm1": [1, 2, 3, 4], "norm2": [0, 1, 2]} and plan.got["highest_score"] == pytest.approx(1)
+    assert graph.plan(slimming.GlobalRatio(0.12), score=given).keep == {"norm2": [0, 1, 2]}  # it scores less
+
+
+def test_the_macs_of_a_unit_are_what_its_removal_saves():
+    graph = slimming.trace(Mixed(), torch.randn(1, 3, 8, 8))
+    free, classes = decided_together(graph, trainable_gammas(graph))
+    choice = make_choice(graph, free, classes, torch.zeros(graph.count, dtype=torch.float64), "max")
+    stream = set(range(graph.norms["stem.1"].start, graph.norms["stem.1"].module.num_features))
+    for unit, macs in enumerate(unit_macs(graph, choice).tolist()):
+        gone = choice.gammas[choice.unit == unit]
+        kept = torch.ones(graph.count, dtype=torch.bool).index_fill(0, gone, False)
+        left = graph.cost_share(solve(graph, kept, torch.zeros(graph.tape.count, dtype=torch.bool)))["macs"]
+        saved = (1 - left) * graph.dense_cost["macs"]
+        if stream & {*gone.tolist()}:  # one layer reads and writes it: its corner is counted twice
+            assert saved < macs < 1.2 * saved
+        else:
+            assert macs == pytest.approx(saved)
 
 
 # --- given ones, and what does not fit ------------------------------------------------------------------------------

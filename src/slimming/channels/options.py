@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from slimming.options import option
 
+MEASURED = ("reconstruction", "taylor")  # scores that take training images
+
 
 @dataclass
 class PlanOptions:
@@ -21,6 +23,12 @@ class PlanOptions:
         "reconstruction: the loss that no repair makes up for (training images, no labels); taylor: the change of the loss, to "
         "first order (with labels); or, to compare with, random (by seed) or weight_l1 of its filter",
         choices=("gamma", "lamp", "reconstruction", "taylor", "random", "weight_l1"),
+    )
+    per: str = option(
+        "channel",
+        "what a score is compared by: channel; or macs: it is divided by the MACs of all that reads or writes the channel, so "
+        "that of equal channels the expensive ones go first",
+        choices=("channel", "macs"),
     )
     reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
     min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)

@@ -30,6 +30,7 @@ from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import OngoingStage, quiet, recorded, relative
 from slimming.stages.repairing import repaired
 from slimming.stages.resuming import LAST
+from slimming.stages.scoring import scoring_batches
 from slimming.stages.sources import Source, load_source
 from slimming.training.recorder import BINS, histogram
 
@@ -69,8 +70,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
     dense_costs = try_model(source.model, source.example)
     graph = trace(source.model, source.example)
-    options = {f.name: getattr(cfg, f.name) for f in fields(PlanOptions)}
-    plan = graph.plan(criterion, seed=cfg.seed, **options)
+    plan = _planned(cfg, graph, criterion, data, trainer)
     thin = surgery.prune(source.model, plan)
     result.model, result.data = source.label, data_label(source.training["data"])
     _describe(result, cfg, graph, plan, thin, (dense_costs, try_model(thin, source.example)))
@@ -89,6 +89,20 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
         print(f"{times['before']:.1f} -> {times['after']:.1f} ms (medians of 15, taking turns)")
     _leave(cfg, out, source, thin, plan, result)
     _ = run.loggers  # opened now that the pruning has succeeded; they get what it left
+
+
+def _planned(
+    cfg: PruneConfig, graph: ChannelGraph, criterion: criteria.Criterion, data: ImageData | None, trainer: pl.Trainer
+) -> PruningPlan:
+    """Make the plan; a score that is measured is measured on the trainer's device."""
+    options = {f.name: getattr(cfg, f.name) for f in fields(PlanOptions)}
+    device = trainer.strategy.root_device
+    batches = scoring_batches(cfg.score, data, device, dtype_of(graph.model))
+    if batches:
+        graph.model.to(device)
+    plan = graph.plan(criterion, seed=cfg.seed, batches=batches, **options)
+    graph.model.cpu()
+    return plan
 
 
 def make_criterion(cfg: PruneConfig) -> criteria.Criterion:
@@ -204,7 +218,7 @@ def _gammas(cfg: PruneConfig, graph: ChannelGraph, plan: PruningPlan) -> dict[st
         gone[graph.norms[name].all] = True
         gone[graph.norms[name].start + torch.tensor(kept)] = False
     gammas = graph.scores("gamma")
-    common = cfg.score == "gamma" and criterion_name(cfg) in ("global", "threshold", "budget")
+    common = cfg.score == "gamma" and cfg.per == "channel" and criterion_name(cfg) in ("global", "threshold", "budget")
     return {
         "edges": BINS.tolist(),
         "kept": histogram(gammas[~gone].float()),

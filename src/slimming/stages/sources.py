@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from slimming import checkpoint, reference
+from slimming.channels.options import MEASURED
 from slimming.checkpoint import Checkpoint
 from slimming.config import PruneConfig
 from slimming.data import ImageData
@@ -41,7 +42,7 @@ class Source:
 
 
 def load_source(cfg: PruneConfig) -> tuple[Source, ImageData | None]:
-    """Load the network, and its data if calibration or a test will need them.
+    """Load the network, and its data if the score, repair, calibration or a test will need them.
 
     Raises:
         CheckpointError: no checkpoint of ours nor of a known reference implementation.
@@ -96,11 +97,14 @@ def _check_classes(cfg: PruneConfig, data: ImageData | None, io_shape: dict[str,
 
 def _load_data(cfg: PruneConfig, node: dict, choice: str) -> ImageData | None:
     """Load the data if they are needed; `choice` is what to give where none are named."""
-    if cfg.inspect or not (cfg.test or cfg.calibrate.batches or cfg.repair):
+    measured = cfg.score in MEASURED
+    if cfg.inspect or not (cfg.test or cfg.calibrate.batches or cfg.repair or measured):
         return None
     needs, without = "calibration and accuracy need", "calibrate.batches=0 test=false"
     if cfg.repair:
-        needs, without = "repair, calibration and accuracy need", f"repair=false {without}"
+        needs, without = f"repair, {needs}", f"repair=false {without}"
+    if measured:
+        needs, without = f"score={cfg.score}, {needs}", f"score=lamp {without}"
     advice = f"{needs} the data: give {{}}, or go without by {without}"
     if not node.get("_target_"):
         raise DataError(advice.format(choice))

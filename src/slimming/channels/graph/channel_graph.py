@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimming.channels.criteria import Budget, Choice, Criterion
 from slimming.channels.graph import explain, writing
 from slimming.channels.graph.candidates import decided_together, trainable_gammas
-from slimming.channels.graph.deciding import Settling, check_scores, make_choice
+from slimming.channels.graph.deciding import Settling, check_scores, make_choice, unit_macs
 from slimming.channels.graph.liveness import Solution
 from slimming.channels.graph.remaining import count_cost, count_other_params
 from slimming.channels.graph.scores import Given, score_gammas
@@ -102,12 +102,17 @@ class ChannelGraph(Structure):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
         values = check_scores(self, self.scores(score, seed, batches), free)
         choice = make_choice(self, free, classes, values, chosen.reduce)
+        if chosen.per == "macs":
+            choice.score = choice.score / unit_macs(self, choice)
         settling = Settling(self, values, choice, chosen)
         if isinstance(criterion, Budget):
             removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
         else:
             removed = criterion.choose(choice)
-        asked = criterion.describe() | ({} if name == "gamma" else {"score": name})
+        asked = criterion.describe() | {"score": name} | {"per": chosen.per}
+        asked = {
+            key: value for key, value in asked.items() if (key, value) not in (("score", "gamma"), ("per", "channel"))
+        }
         return self._write_plan(settling.outcome(removed), choice, removed, asked)
 
     def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, asked: dict[str, Any]) -> PruningPlan:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from slimming.channels.criteria import Choice
 from slimming.channels.graph.liveness import Solution, solve
+from slimming.channels.graph.remaining import component_macs
 from slimming.channels.graph.structure import Structure
 from slimming.channels.options import PlanOptions
 from slimming.errors import GraphError
@@ -42,6 +43,15 @@ def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor,
         0, unit, values[gammas], "amax" if reduce == "max" else "mean", include_self=False
     )
     return Choice(gammas, unit, score, unit.bincount(), graph.norm_of[gammas])
+
+
+def unit_macs(graph: Structure, choice: Choice) -> Tensor:
+    """Return the MACs of everything that reads or writes the channels of a unit, in the dense network, (U,) float64, >= 1."""
+    unit, slot = torch.stack((choice.unit, graph.slots[choice.gammas])).unique(
+        dim=1
+    )  # a channel that several write: once
+    macs = torch.zeros_like(choice.score).index_add_(0, unit, component_macs(graph)[slot])
+    return macs.clamp_min(1)
 
 
 class Settling:
