@@ -191,14 +191,14 @@ def test_every_criterion(overrides, sparse, tmp_path):
     assert "latency_ms" not in r and r["metrics"] == {}
 
 
-@pytest.mark.parametrize("score", ["reconstruction", "taylor"])
-def test_a_score_is_measured_on_training_images_alone(score, sparse, tmp_path, monkeypatch):
+def test_a_score_is_measured_on_training_images_alone(sparse, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "IMAGES", 200)
+    score = "reconstruction"
     prune(sparse, tmp_path, "ratio=0.5", f"score={score}", "test=false", "calibrate.batches=0")
     model, data = slimming.load(sparse), Digits(image_size=8, crop=1, val_size=100, seed=1)
     data.setup()
     graph = slimming.trace(model, torch.zeros(1, 1, 8, 8))
-    batches = [*data.labelled_batches(4, torch.device("cpu"), augment=False)]  # 4 of 64 reach 200
+    batches = [*data.training_batches(4, torch.device("cpu"), augment=False)]  # 4 of 64 reach 200
     plan = graph.plan(slimming.GlobalRatio(0.5), score=score, batches=batches)
     assert PruningPlan.from_json((tmp_path / "plan.json").read_text()) == plan
     r = result(tmp_path)
@@ -303,14 +303,14 @@ def test_a_port_with_data_and_without(tmp_path, monkeypatch):
         (
             [
                 "ratio=0.5",
-                "score=taylor",
+                "score=reconstruction",
                 "test=false",
                 "calibrate.batches=0",
                 "data=image_folder",
                 "data.root=nowhere",
             ],
             DataError,
-            "score=taylor, calibration and accuracy need the data: .* without by score=lamp calibrate.batches=0 test=false",
+            "score=reconstruction, calibration and accuracy need the data: .* by score=gamma calibrate.batches=0 test",
         ),
         (["ratio=0.5", "data.root=/x"], ConfigError, "data: .*root"),
         (["ratio=0.5", "data=image_folder", "data.root=nowhere"], DataError, "calibrate.batches=0 test=false"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from slimming.options import option
 
-MEASURED = ("reconstruction", "taylor")  # scores that take training images
+MEASURED = ("reconstruction",)  # scores that take training images
 
 
 @dataclass
@@ -20,9 +20,9 @@ class PlanOptions:
     score: str = option(
         "gamma",
         "score of a channel, the lowest go first: |gamma|; lamp: gamma^2 over those of its layer that are not smaller; "
-        "reconstruction: the loss that no repair makes up for (training images, no labels); taylor: the change of the loss, to "
-        "first order (with labels); or, to compare with, random (by seed) or weight_l1 of its filter",
-        choices=("gamma", "lamp", "reconstruction", "taylor", "random", "weight_l1"),
+        "reconstruction: the error that no repair makes up for (training images, no labels); or, to compare with, random (by "
+        "seed) or weight_l1 of its filter",
+        choices=("gamma", "lamp", "reconstruction", "random", "weight_l1"),
     )
     per: str = option(
         "channel",

@@ -176,13 +176,6 @@ class ImageData(LightningDataModule):
         Args:
             augment: whether images that are augmented on the device are augmented here, too.
         """
-        for images, _ in self.labelled_batches(count, device, augment):
-            yield images
-
-    def labelled_batches(
-        self, count: int, device: torch.device, augment: bool = True
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield what `training_batches` yields, with the labels (N,)."""
         loader = self.train_dataloader()
         for number in range(count):
             epoch, position = divmod(number, len(loader))
@@ -190,8 +183,7 @@ class ImageData(LightningDataModule):
                 torch.manual_seed(mix(self.seed, epoch))
                 loader.sampler.set_epoch(epoch)
                 batches = iter(loader)
-            images, labels = next(batches)
-            yield self.transform(images.to(device), self.augment and augment), labels.to(device)
+            yield self.transform(next(batches)[0].to(device), self.augment and augment)
 
 
 def split_off(labels: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:

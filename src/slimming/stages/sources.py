@@ -104,7 +104,7 @@ def _load_data(cfg: PruneConfig, node: dict, choice: str) -> ImageData | None:
     if cfg.repair:
         needs, without = f"repair, {needs}", f"repair=false {without}"
     if measured:
-        needs, without = f"score={cfg.score}, {needs}", f"score=lamp {without}"
+        needs, without = f"score={cfg.score}, {needs}", f"score=gamma {without}"
     advice = f"{needs} the data: give {{}}, or go without by {without}"
     if not node.get("_target_"):
         raise DataError(advice.format(choice))

@@ -57,10 +57,10 @@ class ChannelGraph(Structure):
         """Return a score per gamma, (all gammas,) float64: by name, or the given ones in that order.
 
         Args:
-            score: `gamma`, `lamp`, `reconstruction`, `taylor`, `random` or `weight_l1`, see channels/graph/scores; or
+            score: `gamma`, `lamp`, `reconstruction`, `random` or `weight_l1`, see channels/graph/scores; or
                 {layer: scores (C,)}.
             seed: of `random`.
-            batches: training images for `reconstruction`: inputs, or (inputs, labels); `taylor` needs the labels.
+            batches: training images for `reconstruction`: inputs, or (inputs, labels).
 
         Returns:
             nan where a score says nothing.

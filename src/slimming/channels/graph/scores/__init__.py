@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimming.channels.graph.scores import reconstruction, taylor, weights
+from slimming.channels.graph.scores import reconstruction, weights
 from slimming.channels.graph.structure import Structure
 from slimming.errors import ConfigError, check_choice
 
@@ -14,7 +14,6 @@ Given = Mapping[str, Tensor | Sequence[float]]  # layer -> scores (C,)
 NAMED = {
     "gamma": lambda graph, seed, batches: weights.gamma(graph),
     "lamp": lambda graph, seed, batches: weights.lamp(graph),
-    "taylor": lambda graph, seed, batches: taylor.taylor(graph, batches),
     "reconstruction": lambda graph, seed, batches: reconstruction.reconstruction(graph, batches),
     "random": lambda graph, seed, batches: weights.random(graph, seed),
     "weight_l1": lambda graph, seed, batches: weights.weight_l1(graph),
