@@ -64,7 +64,7 @@ def _guide(graph: ChannelGraph) -> list[str]:
     """Return what a global ratio would take, ratio by ratio, and which one to ask for.
 
     The advice is what results/cifar10 shows: up to the share near zero a pruning that is calibrated loses nothing; beyond it
-    a layer that is all but emptied is what costs most, and max_layer_ratio and repair win most of that back.
+    a layer that is all but emptied costs most. max_layer_ratio prevents that; the reconstruction score sees it coming.
     """
     free = graph.scores("gamma")[graph.candidates("together")]
     if not len(free):
@@ -80,7 +80,8 @@ def _guide(graph: ChannelGraph) -> list[str]:
     if safe:
         lines.append(f"  ratio={safe:g}: what is near zero; calibration is enough")
     if safe < MOST:
-        lines.append("  a larger ratio without training: repair=true max_layer_ratio=0.9; else finetune.py afterwards")
+        lines.append("  more, without training afterwards: budget.macs=0.4 score=reconstruction per=macs repair=true")
+        lines.append("  more, and finetune.py afterwards: a larger ratio with max_layer_ratio=0.9")
         lines.append(f"  to prepare more: train.py sparsity=auto target_ratio={max(0.5, min(0.9, safe + 0.2)):.1g}")
     return lines
 
