@@ -121,6 +121,7 @@ def export(folder: Path, variant: str, format_name: str, trained: list[str] | No
         f"hydra.run.dir={folder / name}",
         *options,
     ]
+    options += ["shape=auto"] * (source == "pruned" and format_name != "torch")  # `vgg19` comes without a plan
     options += ["quantize=int8"] * int8 + (["test_images=0"] if trained is None else trained)
     return step(folder, name, artefact, [sys.executable, "export.py", *options], limit_s)
 

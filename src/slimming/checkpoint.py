@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimming.channels.low_rank import low_rank_like
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune
 from slimming.errors import CheckpointError, SlimmingError
@@ -68,6 +69,7 @@ def save(
     *,
     plans: Sequence[PruningPlan] = (),
     dense: dict[str, Any] | None = None,
+    low_rank: dict[str, Any] | None = None,
 ) -> None:
     """Write a network so that `load` rebuilds it; for trainings in code of one's own.
 
@@ -76,12 +78,13 @@ def save(
         model: the network, dense or pruned.
         plans: the pruning plans that led to it, in order.
         dense: {name, arguments} of the dense network in `slimming.models`; None: `load` takes `model=`, the dense network.
+        low_rank: the splits of layers, made after the last plan.
 
     Raises:
         CheckpointError: the disk is full or not writable; or `dense` and `plans` do not lead to this network.
         ConfigError: there is no such network.
     """
-    record = Record(model=dense, plans=[plan.to_dict() for plan in plans])
+    record = Record(model=dense, plans=[plan.to_dict() for plan in plans], low_rank=low_rank)
     state = {PREFIX + key: value for key, value in model.state_dict().items()}
     check_record(record.to_dict(), path)
     if dense is not None:
@@ -173,7 +176,7 @@ def architecture(saved: Checkpoint, model: nn.Module | None = None, *, pruned: b
     file, and constants, are what the constructor makes them.
 
     Args:
-        pruned: apply the plans.
+        pruned: apply the plans, and split what was split.
     """
     weights = _weights(saved.content, saved.path)
     if model is None:
@@ -223,7 +226,7 @@ def _build(record: Record, draft: Draft, path: str | os.PathLike) -> nn.Module:
 def _pruned(model: nn.Module, record: Record) -> nn.Module:
     for plan in record.plans:
         model = prune(model, PruningPlan.from_dict(plan), verify=False)
-    return model
+    return low_rank_like(model, record.low_rank) if record.low_rank else model
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class Record:
     Attributes:
         model: {name, arguments} of the dense network in `slimming.models`; None: not registered there.
         plans: the pruning plans that led from it to this network, in order, as dicts.
+        low_rank: {layer: {kind, ranks}} of the layers that were split after the last plan; None: none were.
         stage: that wrote the file: train, prune or finetune; None: `slimming.save`.
         config: of the training (a pruning keeps that of its checkpoint); None: unknown.
         data: {num_classes, in_channels, image_size, mean, std ...} of the data; None: unknown.
@@ -48,10 +49,11 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     parent: str | None = None
     format: int = RECORD_FORMAT
+    low_rank: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, without what is unknown."""
-        optional = ("stage", "config", "data", "parent")
+        optional = ("stage", "config", "data", "parent", "low_rank")
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {key: value for key, value in found.items() if value is not None or key not in optional}
 

@@ -33,6 +33,8 @@ def check_record(record: dict, path: str | os.PathLike) -> None:
         _expect(key not in record or isinstance(record[key], kinds), path, key, record.get(key))
     plans = record.get("plans")
     _expect(isinstance(plans, list) and all(isinstance(p, dict) for p in plans), path, "plans", plans)
+    splits = record.get("low_rank", {})
+    _expect(isinstance(splits, dict) and all(isinstance(s, dict) for s in splits.values()), path, "low_rank", splits)
     _check_spec(record.get("model"), path)
     if "data" in record:
         _check_statistics(record["data"], path)

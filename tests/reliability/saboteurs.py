@@ -516,21 +516,21 @@ def the_first_ones_taken(here):
 
 @code
 def axes_exchanged(here):
-    axes = surgery._axes
-    return {"_axes": lambda layer, t: axes(dataclasses.replace(layer, ins=layer.outs, outs=layer.ins), t)}
+    axes = surgery.axes_of
+    return {"axes_of": lambda layer, t: axes(dataclasses.replace(layer, ins=layer.outs, outs=layer.ins), t)}
 
 
 @code
 def biases_sliced_by_inputs(here):
-    axes = surgery._axes
+    axes = surgery.axes_of
     if not any(p.ins != p.outs for p in here.plan.layers.values() if p.kind in ANY):
         raise NotHere
-    return {"_axes": lambda layer, t: [(0, layer.ins)] if t.ndim == 1 else axes(layer, t)}
+    return {"axes_of": lambda layer, t: [(0, layer.ins)] if t.ndim == 1 else axes(layer, t)}
 
 
 def _keys_left_out(*left_out: str) -> dict:
-    tensors = surgery._tensors_of
-    return {"_tensors_of": lambda *args: [(k, t) for k, t in tensors(*args) if k not in left_out]}
+    tensors = surgery.tensors_of
+    return {"tensors_of": lambda *args: [(k, t) for k, t in tensors(*args) if k not in left_out]}
 
 
 @code
@@ -547,15 +547,15 @@ def biases_never_sliced(here):
 def selections_never_made(here):
     if not here.layers("norm", where=lambda layer: layer.select is not None or layer.scatter is not None):
         raise NotHere
-    fit = surgery._fit_attributes
-    return {"_fit_attributes": lambda m, n, p: fit(m, n, dataclasses.replace(p, select=None, scatter=None))}
+    fit = surgery.fit_attributes
+    return {"fit_attributes": lambda m, n, p: fit(m, n, dataclasses.replace(p, select=None, scatter=None))}
 
 
 @code
 def attributes_never_fitted(here):
     if not here.layers("depthwise"):
         raise NotHere
-    return {"_fit_attributes": lambda model, name, layer: None}
+    return {"fit_attributes": lambda model, name, layer: None}
 
 
 def _mask_without(key: str) -> dict:

@@ -12,7 +12,7 @@ import slimming
 from conftest import ROOT, SMALL, compose_config
 from slimming import checkpoint, models, stages
 from slimming.data.sampler import mix
-from slimming.errors import CheckpointError, ConfigError
+from slimming.errors import CheckpointError, ConfigError, SlimmingError
 from slimming.records import Record
 from slimming.stages import finetuning
 from slimming.training.distillation import DistillingModule
@@ -214,6 +214,49 @@ def test_the_optimizer_state_goes_on_when_asked(folder, tmp_path):
         finetune(path, tmp_path / "x", *frozen[:2], "optimizer=adamw", "optimizer_state=true")
     with pytest.raises(ConfigError, match="needs the checkpoint that"):
         finetune(folder / "sparse/last.ckpt", tmp_path / "y", "optimizer_state=true")
+
+
+def test_layers_are_split_first_and_later_stages_know(folder, tmp_path, capsys):
+    finetune(folder / "pruned/pruned.ckpt", tmp_path / "split", *SHORT, "low_rank=0.6")
+    assert "low rank: " in capsys.readouterr().out
+    saved = checkpoint.read(tmp_path / "split/last.ckpt")
+    before, after = (result(path)["cost"]["macs"] for path in (folder / "pruned", tmp_path / "split"))
+    assert saved.record.low_rank and after < before
+    assert result(tmp_path / "split")["config"]["finetune"]["low_rank"] == 0.6
+    thin = slimming.load(saved.path)
+    assert same({f"model.{k}": v for k, v in thin.state_dict().items()}, state(tmp_path / "split"))
+    plans = [slimming.PruningPlan.from_dict(plan) for plan in saved.record.plans]
+    more = {"dense": saved.record.model, "low_rank": saved.record.low_rank}
+    slimming.save(tmp_path / "again.ckpt", thin, plans=plans, **more)
+    assert same(slimming.load(tmp_path / "again.ckpt").state_dict(), thin.state_dict())
+
+    finetune(saved.path, tmp_path / "further", *SHORT)
+    assert checkpoint.read(tmp_path / "further/last.ckpt").record.low_rank == saved.record.low_rank
+    finetune(saved.path, tmp_path / "scratch", *SHORT, "init=scratch")
+    with pytest.raises(ConfigError, match="split already"):
+        finetune(saved.path, tmp_path / "twice", *SHORT, "low_rank=0.6")
+    with pytest.raises(ConfigError, match="prune first"):
+        stages.prune(compose_config(f"checkpoint={saved.path}", "ratio=0.5", name="prune"), tmp_path / "pruned")
+    for other in ("init=scratch", "optimizer_state=true"):
+        with pytest.raises(ConfigError, match="exclude each other"):
+            finetune(folder / "pruned/pruned.ckpt", tmp_path / "x", "low_rank=0.6", other)
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [],
+        {"feature.0": 1},
+        {"feature.0": {"kind": "tucker", "ranks": [1, 10**9]}},
+        {"x": {"kind": "svd", "ranks": [1]}},
+    ],
+)
+def test_a_file_that_claims_impossible_factors_is_refused(splits, folder, tmp_path):
+    content = checkpoint.read(folder / "pruned/pruned.ckpt").content
+    content["slimming"]["low_rank"] = splits
+    checkpoint.write(content, tmp_path / "damaged.ckpt")
+    with pytest.raises(SlimmingError):
+        slimming.load(tmp_path / "damaged.ckpt")
 
 
 def test_double_precision_goes_through_all_stages(tmp_path):

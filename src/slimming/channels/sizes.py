@@ -183,7 +183,8 @@ def new_values(counts: Iterable[tuple[Size, int]], model: nn.Module) -> Values:
 
 
 def _solve(size: Size, count: int, attribute: Attribute, values: Values) -> int:
-    for value in range(values[attribute] + 1):
+    highest = values[attribute] * max(1, -(-count // max(1, size.compute(values))))
+    for value in range(highest + 1):
         if size.compute(values | {attribute: value}) == count:
             return value
     raise ValueError(f"no value of {attribute_name(attribute)} gives {count}")

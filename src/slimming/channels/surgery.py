@@ -32,7 +32,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
     resized = [tensors for name, layer in plan.layers.items() for tensors in _slices(model, modules, name, layer)]
     thin = copy_model(model, {id(old): new for old, new in resized})
     for name, layer in plan.layers.items():
-        _fit_attributes(thin, name, layer)
+        fit_attributes(thin, name, layer)
     _set_sizes(thin, plan)
     if verify:
         prove(model, thin, plan)
@@ -55,9 +55,9 @@ def prune_optimizer_state(
     axes: dict[str, Axes] = {}
     modules = dict(model.named_modules())
     for layer_name, layer in plan.layers.items():
-        for attribute, tensor in _tensors_of(model, modules, layer_name):
+        for attribute, tensor in tensors_of(model, modules, layer_name):
             full = f"{layer_name}.{attribute}" if attribute else layer_name
-            axes[full] = [(axis, torch.tensor(indices)) for axis, indices in _axes(layer, tensor)]
+            axes[full] = [(axis, torch.tensor(indices)) for axis, indices in axes_of(layer, tensor)]
     new = copy.deepcopy({k: v for k, v in state.items() if k != "state"})
     new["state"] = {}
     parameters = dict(model.named_parameters())
@@ -74,7 +74,7 @@ def prune_optimizer_state(
     return new
 
 
-def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> list[tuple[str, Tensor]]:
+def tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> list[tuple[str, Tensor]]:
     """Return (attribute, tensor) of a layer; attribute "" for a parameter that its parent holds directly."""
     if name not in modules:
         try:
@@ -89,7 +89,7 @@ def _tensors_of(model: nn.Module, modules: dict[str, nn.Module], name: str) -> l
     return [(k, t) for k, t in tensors if t is not None and k not in ("select", "scatter", "num_batches_tracked")]
 
 
-def _axes(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
+def axes_of(layer: LayerPlan, tensor: Tensor) -> list[tuple[int, list[int]]]:
     """Return which indices of which axes of a parameter or buffer stay."""
     if layer.kind == "scale":
         return [(axis, layer.outs) for axis, size in enumerate(tensor.shape) if size > 1]
@@ -117,8 +117,8 @@ class Resized(NamedTuple):
 def _slices(model: nn.Module, modules: dict[str, nn.Module], name: str, layer: LayerPlan) -> list[Resized]:
     found = []
     kept = {id(indices): torch.tensor(indices) for indices in (layer.ins, layer.outs)}
-    for _, old in _tensors_of(model, modules, name):
-        axes = _axes(layer, old)
+    for _, old in tensors_of(model, modules, name):
+        axes = axes_of(layer, old)
         for axis, indices in axes:
             here, planned = old.shape[axis], layer.size[0 if indices is layer.ins else 1]
             if here != planned:
@@ -132,7 +132,7 @@ def _slices(model: nn.Module, modules: dict[str, nn.Module], name: str, layer: L
     return found
 
 
-def _fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
+def fit_attributes(model: nn.Module, name: str, layer: LayerPlan) -> None:
     """Give a layer's own numbers its new size, and a norm whose sides differ its indices."""
     if layer.kind == "scale":
         owner = model.get_submodule(name.rpartition(".")[0])

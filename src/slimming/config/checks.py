@@ -160,6 +160,9 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to fine-tune")
     if config.init == "scratch" and config.optimizer_state:
         raise ConfigError("init=scratch and optimizer_state=true exclude each other: fresh weights have no history")
+    if config.low_rank is not None and (config.init == "scratch" or config.optimizer_state):
+        other = "init=scratch" if config.init == "scratch" else "optimizer_state=true"
+        raise ConfigError(f"low_rank and {other} exclude each other: the factors are made of the checkpoint's weights")
     if config.trainer.get("max_epochs") is not None:
         check_number("trainer.max_epochs", config.trainer["max_epochs"], 1, whole=True)
 
@@ -170,6 +173,13 @@ def _check_export(config: ExportConfig) -> None:
     if config.quantize.to and config.format not in QUANTISABLE:
         raise ConfigError(
             f"quantize={config.quantize.to} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}"
+        )
+    if config.format not in QUANTISABLE and (config.shape == "auto" or config.shape_from):
+        given = f"shape_from={config.shape_from}" if config.shape_from else "shape=auto"
+        raise ConfigError(f"{given} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}")
+    if config.shape_from and config.shape:
+        raise ConfigError(
+            f"shape_from and shape={config.shape} exclude each other: the one takes a shape, the other times"
         )
     if config.quantize.symmetric and config.format != "onnx":
         raise ConfigError(f"quantize.symmetric=true is for format=onnx, not for {config.format}")

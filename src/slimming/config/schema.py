@@ -191,6 +191,13 @@ class FinetuneConfig(TrainOptions):
     optimizer_state: bool = option(
         False, "true: begin with the optimizer state of the training before the pruning, sliced as the weights were"
     )
+    low_rank: float | None = option(
+        None,
+        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
+        low=0,
+        high=1,
+        above=True,
+    )
     distill: DistillConfig = field(default_factory=DistillConfig)
     model: Group = field(default_factory=dict)
     data: Group = field(default_factory=dict)
@@ -271,6 +278,25 @@ class ExportConfig:
         whole=True,
     )
     seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
+    low_rank: float | None = option(
+        None,
+        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
+        low=0,
+        high=1,
+        above=True,
+    )
+    shape: str | None = option(
+        None,
+        "auto: of networks that compute the same (zero channels up to multiples of 4, 8 or 16; BatchNorms that select, or read "
+        "whole tensors) take the fastest in this format's engine here; all are written and timed, a minute or several; none: "
+        "leave it as it is; null: auto for a pruned or split network in format=onnx and openvino, else none",
+        choices=("auto", "none"),
+    )
+    shape_from: str | None = option(
+        None, "export.json of an earlier export: take the shape that it records, without timing"
+    )
+    latency_batch: int = option(16, "images per pass in the timing of shapes", low=1, whole=True)
+    latency_threads: int = option(1, "of that timing; at most the cores there are", low=1, whole=True)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     overwrite: bool = option(False, "true: replace what an earlier export has left in hydra.run.dir")
     model: Group = field(default_factory=dict)

@@ -33,7 +33,7 @@ def write(network: Network, path: Path) -> None:
             "format=safetensors describes networks of slimming.models, and this one is of a class of your own: "
             "take another format"
         )
-    kept = Record(record.model, record.plans, data=record.data)
+    kept = Record(record.model, record.plans, data=record.data, low_rank=record.low_rank)
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in network.model.state_dict().items()}
     save_file(weights, path, {KEY: json.dumps(kept.to_dict(), sort_keys=True)})
 

@@ -30,7 +30,9 @@ from slimming.stages.building import data_label, try_model
 from slimming.stages.exporting_text import summary
 from slimming.stages.quantising import quantise_artefact
 from slimming.stages.recording import OngoingStage, recorded, relative, versions
+from slimming.stages.shaping import write_shaped
 from slimming.stages.sources import DataNeed, Source, load_source
+from slimming.stages.splitting import compare_split, split_source
 
 NAME = "model"  # of the artefact, before its suffix
 FACTS = "export.json"
@@ -58,17 +60,20 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
     file_format = deploy.format_named(cfg.format)
     names = [NAME + suffix for suffix in file_format.SUFFIXES]
     _check_free(out, [*names, FACTS], cfg.overwrite)
-    source, data = load_source(cfg, _data_need(cfg))
+    whole, data = load_source(cfg, _data_need(cfg))
+    source, split = split_source(cfg, whole)
     result.model, result.data = source.label, data_label(source.training.get("data") or {})
     result.cost = try_model(source.model, source.example).record()
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
     network = Network(source.model, tuple(source.example.shape[1:]), source.record)
     with _workshop(out) as workshop:
-        file_format.write(network, workshop / names[0])
+        shaping = write_shaped(cfg, source, network, file_format, workshop / names[0])
         with fresh_process(cfg.format, workshop / names[0]) as artefact:
             proof = prove(artefact, source.model, _batches(cfg, data, network))
         check(proof)
-        facts = _facts(cfg, source, network, proof)
+        facts = _facts(cfg, source, network, proof) | {"shaping": shaping}
+        if split:
+            facts["low_rank"] = split | compare_split(whole, source, _batches(cfg, data, network))
         if cfg.quantize.to:
             facts |= _quantised(cfg, source, data, workshop / names[0], _batches(cfg, data, network))
         facts |= _files([workshop / name for name in names], file_format)
@@ -185,6 +190,7 @@ def _facts(cfg: ExportConfig, source: Source, network: Network, proof: Proof) ->
         },
         "accuracy": _accuracy(proof),
         "quantize": None,
+        "low_rank": None,
         "shaping": None,
     }
 

@@ -24,6 +24,7 @@ from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
 from slimming.stages.resuming import LAST, resume_point
+from slimming.stages.splitting import split
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
@@ -70,7 +71,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
 
 def _choices(cfg: FinetuneConfig) -> dict[str, Any]:
     """Return the options of a fine-tuning that a training does not have."""
-    names = ("init", "epochs_by", "optimizer_state")
+    names = ("init", "epochs_by", "optimizer_state", "low_rank")
     return {name: getattr(cfg, name) for name in names} | {"distill": dataclasses.asdict(cfg.distill)}
 
 
@@ -153,13 +154,23 @@ def _network(
         model = checkpoint.architecture(saved, dense)
         # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
         torch.manual_seed(mix(recipe.seed, SCRATCH))
-        redraw(model, record.model if dense is None else model_spec(cfg.model, io_shape(data)))
+        registered = record.model if dense is None else model_spec(cfg.model, io_shape(data))
+        redraw(model, None if record.low_rank else registered)  # no factory makes factors
     else:
         model = checkpoint.rebuild(saved, dense)
-    network = Network(model.train(), Record(record.model, record.plans, stage="finetune"))
+    model, splits = _split(cfg, model, record, example_of(data))
+    network = Network(model.train(), Record(record.model, record.plans, stage="finetune", low_rank=splits))
     if cfg.optimizer_state:
         network.optimizer_state = _sliced_state(cfg, recipe, record, dense)
     return network
+
+
+def _split(cfg: FinetuneConfig, model: nn.Module, record: Record, example: torch.Tensor) -> tuple[nn.Module, Any]:
+    """Split layers into factors of low rank where that is asked; return the network and all its splits."""
+    if cfg.low_rank is None:
+        return model, record.low_rank
+    found = split(model, cfg.low_rank, record, example, cfg.checkpoint)
+    return found.model, found.splits or None
 
 
 def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: Record, dense: nn.Module | None) -> dict:

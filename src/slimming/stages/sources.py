@@ -1,6 +1,8 @@
 """Where the network of a pruning or an export comes from: a checkpoint of ours, or a file of a reference implementation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +30,15 @@ class DataNeed:
 
 @dataclass
 class Source:
-    """The network to prune or to export, in eval mode on the CPU, and the record that it came with."""
+    """The network to prune or to export, in eval mode on the CPU, and the record that it came with.
+
+    Attributes:
+        dense: builds the network before its first pruning, with any weights; None where this one is it.
+    """
 
     model: nn.Module
     record: Record
+    dense: Callable[[], nn.Module] | None = None
 
     @property
     def label(self) -> str:
@@ -61,6 +68,8 @@ def load_source(cfg: SourceConfig, need: DataNeed | None) -> tuple[Source, Image
         return _load_reference(cfg, need, weights)
     saved = checkpoint.read(cfg.checkpoint)
     saved.record.need(cfg.checkpoint, "config", "data")
+    if saved.record.low_rank and isinstance(cfg, PruneConfig):
+        raise ConfigError(f"the layers of {cfg.checkpoint} are split into factors of low rank: prune first, then split")
     return _load_ours(cfg, need, saved)
 
 
@@ -71,7 +80,10 @@ def _load_ours(cfg: SourceConfig, need: DataNeed | None, saved: Checkpoint) -> t
     record = replace(saved.record, stage="prune", config=(saved.record.config or {}) | {"data": node})
     if data:
         record.data = data.statistics()
-    return Source(checkpoint.rebuild(saved, _given_network(cfg, saved.record.io_shape)), record), data
+    given = _given_network(cfg, saved.record.io_shape)
+    changed = record.plans or record.low_rank
+    dense = partial(checkpoint.architecture, saved, given, pruned=False) if changed else None
+    return Source(checkpoint.rebuild(saved, given), record, dense), data
 
 
 def _load_reference(
@@ -90,7 +102,7 @@ def _load_reference(
     model, plans = reference.convert(weights, given, example, cfg.checkpoint)
     record = Record(model_spec(cfg.model, io_shape), [p.to_dict() for p in plans], "prune", {"data": cfg.data})
     record.data = data.statistics() if data else io_shape | {"image_size": REFERENCE_SIZE}
-    return Source(model, record), data
+    return Source(model, record, (lambda: given) if plans else None), data
 
 
 def _given_network(cfg: SourceConfig, io_shape: dict[str, int]) -> nn.Module | None:
