@@ -1,7 +1,7 @@
 """Dense, pruned, int8 and low-rank networks in four engines: makes what is missing, measures, writes results/deployment.md.
 
     python benchmarks/deployment.py FOLDER [--only REGEX] [--trained NAME=DENSE.ckpt,PRUNED.ckpt] [--data OVERRIDE ...]
-                                    [--budget-s 1] [--batch 1,64] [--threads 1,2] [--out results/deployment.md]
+                                    [--engines torch,compile,onnxruntime,openvino] [--batch 1,64] [--threads 1,2] [--out results/deployment.md]
 
 Every network has a folder in FOLDER: checkpoints, one export per variant and format, one bench.json per engine. What is
 there is not done again, so the command goes on where it was stopped; remove a folder to do it anew. A step that fails leaves
@@ -144,6 +144,8 @@ def quantise_untrained(source: Path, target: Path) -> None:
 def measure(folder: Path, options: argparse.Namespace, trained: list[str] | None) -> None:
     """Export all variants of a network and time them, each engine by itself."""
     for engine, format_name in ENGINES.items():
+        if engine not in options.engines.split(","):
+            continue
         files = []
         for variant, (source, extra, int8) in VARIANTS.items():
             if format_name != "torch":
@@ -308,6 +310,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", default="1,64")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--budget-s", type=float, default=1.0, help="seconds per file, batch and number of threads")
     parser.add_argument("--limit-s", type=float, default=600, help="seconds that one step may take")
     parser.add_argument("--out", type=Path, help="where the page goes; also printed")
