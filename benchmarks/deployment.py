@@ -1,7 +1,8 @@
 """Dense, pruned, int8 and low-rank networks in four engines: makes what is missing, measures, writes results/deployment.md.
 
     python benchmarks/deployment.py FOLDER [--only REGEX] [--trained NAME=DENSE.ckpt,PRUNED.ckpt] [--data OVERRIDE ...]
-                                    [--engines torch,compile,onnxruntime,openvino] [--batch 1,64] [--threads 1,2] [--out results/deployment.md]
+                                    [--engines torch,compile,onnxruntime,openvino] [--batch 1,64] [--threads 1,2]
+                                    [--budget-s 1] [--out results/deployment.md]
 
 Every network has a folder in FOLDER: checkpoints, one export per variant and format, one bench.json per engine. What is
 there is not done again, so the command goes on where it was stopped; remove a folder to do it anew. A step that fails leaves
