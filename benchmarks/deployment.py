@@ -1,11 +1,12 @@
 """Dense, pruned, int8 and low-rank networks in four engines: makes what is missing, measures, writes results/deployment.md.
 
     python benchmarks/deployment.py FOLDER [--only REGEX] [--trained NAME=DENSE.ckpt,PRUNED.ckpt] [--data OVERRIDE ...]
-                                    [--budget-s 1] [--batch 1,64] [--threads 1,2] [--out results/deployment.md]
+                                    [--engines torch,compile,onnxruntime,openvino] [--batch 1,64] [--threads 1,2]
+                                    [--budget-s 1] [--out results/deployment.md]
 
 Every network has a folder in FOLDER: checkpoints, one export per variant and format, one bench.json per engine. What is
 there is not done again, so the command goes on where it was stopped; remove a folder to do it anew. A step that fails leaves
-its last line in `<step>.failed`, and the page says so; remove that file to try again. Untrained networks have gammas drawn
+what it said in `<step>.failed`, and the page says so; remove that file to try again. Untrained networks have gammas drawn
 uniformly in [0, 1] (seed 1): a global ratio of 0.5 prunes half of the channels (`vgg19`: the widths that the reference
 implementation ends with at 70%); their int8 ranges are those of random images. Trained ones are exported with their data,
 and have accuracies.
@@ -99,7 +100,8 @@ def step(folder: Path, name: str, done: str, command: list[str], limit_s: float)
         told = f"not done in {limit_s:.0f} s"
     if target.exists():
         return target
-    write_text(failed, (told.splitlines() or ["nothing was left"])[-1])
+    lines = [line for line in told.splitlines() if "HYDRA_FULL_ERROR" not in line and "Warn" not in line]
+    write_text(failed, " ".join(" ".join(lines or ["nothing was left"]).split())[-300:])
     return None
 
 
@@ -143,6 +145,8 @@ def quantise_untrained(source: Path, target: Path) -> None:
 def measure(folder: Path, options: argparse.Namespace, trained: list[str] | None) -> None:
     """Export all variants of a network and time them, each engine by itself."""
     for engine, format_name in ENGINES.items():
+        if engine not in options.engines.split(","):
+            continue
         files = []
         for variant, (source, extra, int8) in VARIANTS.items():
             if format_name != "torch":
@@ -307,6 +311,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", default="1,64")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--budget-s", type=float, default=1.0, help="seconds per file, batch and number of threads")
     parser.add_argument("--limit-s", type=float, default=600, help="seconds that one step may take")
     parser.add_argument("--out", type=Path, help="where the page goes; also printed")

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimming
 from conftest import ROOT, compose_config
+from slimming import config
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "results").rglob("*.md"))]
-SCRIPT = re.compile(r"(?:^|[ /])(train|prune|finetune|slim|export|report)\.py(?= |$)")
+SCRIPT = re.compile(r"(?:^|[ /])(train|prune|finetune|slim|export|bench|report)\.py(?= |$)")
 
 
 def _blocks(path: Path) -> list[tuple[str, str]]:
@@ -79,12 +80,14 @@ def test_the_page_of_options_is_up_to_date():
 
 
 def test_there_are_commands_of_every_stage():
-    assert {stage for stage, _ in COMMANDS} == {"train", "prune", "finetune", "slim", "export", "report"}
+    assert {stage for stage, _ in COMMANDS} == {"train", "prune", "finetune", "slim", "export", "bench", "report"}
     assert len(COMMANDS) > 30
 
 
 @pytest.mark.parametrize(("stage", "arguments"), COMMANDS, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_every_command_composes(stage, arguments):
+    if stage == "bench":  # as the script does
+        arguments = config.lists_for_commas(arguments, ("batch", "threads"))
     compose_config(*map(_first, arguments), name=stage)
 
 

@@ -13,10 +13,12 @@ from PIL import Image
 import reference_networks as reference_net
 import slimming
 from conftest import ROOT, SMALL, compose_config
-from slimming import checkpoint, stages
+from slimming import checkpoint, models, stages
 from slimming.channels.plan import PruningPlan
 from slimming.data import Digits
 from slimming.errors import CheckpointError, ConfigError, DataError, GraphError
+from slimming.stages import scoring
+from slimming.stages.pruning_text import inspection
 
 LEFT = {"pruned.ckpt", "plan.json", "result.json", "widths.png", "gammas.png"}
 QUICK = ("latency_batch=2", "calibrate.batches=3", "trainer.accelerator=cpu")
@@ -190,6 +192,20 @@ def test_every_criterion(overrides, sparse, tmp_path):
     assert "latency_ms" not in r and r["metrics"] == {}
 
 
+def test_a_score_is_measured_on_training_images_alone(sparse, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "IMAGES", 200)
+    score = "reconstruction"
+    prune(sparse, tmp_path, "ratio=0.5", f"score={score}", "test=false", "calibrate.batches=0")
+    model, data = slimming.load(sparse), Digits(image_size=8, crop=1, val_size=100, seed=1)
+    data.setup()
+    graph = slimming.trace(model, torch.zeros(1, 1, 8, 8))
+    batches = [*data.training_batches(4, torch.device("cpu"), augment=False)]  # 4 of 64 reach 200
+    plan = graph.plan(slimming.GlobalRatio(0.5), score=score, batches=batches)
+    assert PruningPlan.from_json((tmp_path / "plan.json").read_text()) == plan
+    r = result(tmp_path)
+    assert r["score"] == r["criterion"]["score"] == r["config"]["score"] == score and r["gammas"]["threshold"] is None
+
+
 def test_nothing_to_remove_is_said(sparse, tmp_path, capsys):
     prune(sparse, tmp_path, "threshold=1e-9", "test=false")
     assert "nothing is removed" in capsys.readouterr().out
@@ -201,6 +217,19 @@ def test_inspecting_writes_nothing(sparse, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     text = capsys.readouterr().out
     assert "feature.1 " in text and "ties=apart (20 candidates)" in text
+    assert "of the candidates are near zero" in text and "sparsity=auto target_ratio=" in text
+
+
+def test_the_guide_finds_the_share_that_was_made_zero(capsys):
+    model = models.vgg(widths=[20, "M", 20])
+    with torch.no_grad():
+        for norm, gone in ((model.feature[1], 17), (model.feature[5], 1)):
+            norm.weight.uniform_(0.5, 1)[:gone] = 0.0
+    text = inspection(slimming.trace(model, torch.zeros(1, 3, 32, 32)))
+    assert "45.0% of the candidates are near zero" in text and "ratio=0.45: what is near zero" in text
+    assert "0.4           0.00%   feature.1 keeps 4 of 20" in text, (
+        "the share of squared gammas, and the thinnest layer"
+    )
 
 
 def test_without_data(sparse, tmp_path, monkeypatch):
@@ -285,6 +314,18 @@ def test_a_port_with_data_and_without(tmp_path, monkeypatch):
         (["ratio=0.5", "round_to=0"], ConfigError, "round_to"),
         (["threshold=0.1", "convention=reference"], ConfigError, "convention=reference is for a global ratio only"),
         (["ratio=0.5", "criterion=per_layer", "convention=reference"], ConfigError, "for a global ratio only"),
+        (
+            [
+                "ratio=0.5",
+                "score=reconstruction",
+                "test=false",
+                "calibrate.batches=0",
+                "data=image_folder",
+                "data.root=nowhere",
+            ],
+            DataError,
+            "score=reconstruction, calibration and accuracy need the data: .* by score=gamma calibrate.batches=0 test",
+        ),
         (["ratio=0.5", "data.root=/x"], ConfigError, "data: .*root"),
         (["ratio=0.5", "data=image_folder", "data.root=nowhere"], DataError, "calibrate.batches=0 test=false"),
         (["ratio=0.5", "data=cifar100", "data.root=nowhere", "data.download=false"], DataError, "CIFAR100 is not"),

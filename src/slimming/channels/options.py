@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from slimming.errors import ConfigError
 from slimming.options import check_options, option
 
+MEASURED = ("reconstruction",)  # scores that take training images
+
 
 @dataclass
 class PlanOptions:
@@ -18,8 +20,16 @@ class PlanOptions:
     )
     score: str = option(
         "gamma",
-        "score of a channel: |gamma|; or, to compare with, random (by seed) or weight_l1 of its filter",
-        choices=("gamma", "random", "weight_l1"),
+        "score of a channel, the lowest go first: |gamma|; lamp: gamma^2 over those of its layer that are not smaller; "
+        "reconstruction: the error that no repair makes up for (training images, no labels); or, to compare with, random (by "
+        "seed) or weight_l1 of its filter",
+        choices=("gamma", "lamp", "reconstruction", "random", "weight_l1"),
+    )
+    per: str = option(
+        "channel",
+        "what a score is compared by: channel; or macs: it is divided by the MACs of all that reads or writes the channel, so "
+        "that of equal channels the expensive ones go first",
+        choices=("channel", "macs"),
     )
     reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
     min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)

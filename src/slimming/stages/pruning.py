@@ -14,7 +14,7 @@ from slimming.channels import criteria, surgery
 from slimming.channels.calibrate import calibrate
 from slimming.channels.cost import Cost, widths
 from slimming.channels.graph import ChannelGraph
-from slimming.channels.options import PlanOptions
+from slimming.channels.options import MEASURED, PlanOptions
 from slimming.channels.plan import PruningPlan
 from slimming.channels.trace import trace
 from slimming.config import PruneConfig, criterion_name, plain
@@ -30,6 +30,7 @@ from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import OngoingStage, quiet, recorded, relative
 from slimming.stages.repairing import repaired
 from slimming.stages.resuming import LAST
+from slimming.stages.scoring import scoring_batches
 from slimming.stages.sources import DataNeed, Source, load_source
 from slimming.training.recorder import BINS, histogram
 
@@ -69,8 +70,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
     dense_costs = try_model(source.model, source.example)
     graph = trace(source.model, source.example)
-    options = {f.name: getattr(cfg, f.name) for f in fields(PlanOptions)}
-    plan = graph.plan(criterion, seed=cfg.seed, **options)
+    plan = _planned(cfg, graph, criterion, data, trainer)
     thin = surgery.prune(source.model, plan)
     result.model, result.data = source.label, data_label(source.training["data"])
     _describe(result, cfg, graph, plan, thin, (dense_costs, try_model(thin, source.example)))
@@ -92,11 +92,29 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
 
 
 def _data_need(cfg: PruneConfig) -> DataNeed | None:
+    measured = cfg.score in MEASURED
+    if not (cfg.test or cfg.calibrate.batches or cfg.repair or measured):
+        return None
+    needs, without = "calibration and accuracy need", "calibrate.batches=0 test=false"
     if cfg.repair:
-        return DataNeed("repair, calibration and accuracy need", "repair=false calibrate.batches=0 test=false")
-    if cfg.test or cfg.calibrate.batches:
-        return DataNeed("calibration and accuracy need", "calibrate.batches=0 test=false")
-    return None
+        needs, without = f"repair, {needs}", f"repair=false {without}"
+    if measured:
+        needs, without = f"score={cfg.score}, {needs}", f"score=gamma {without}"
+    return DataNeed(needs, without)
+
+
+def _planned(
+    cfg: PruneConfig, graph: ChannelGraph, criterion: criteria.Criterion, data: ImageData | None, trainer: pl.Trainer
+) -> PruningPlan:
+    """Make the plan; a score that is measured is measured on the trainer's device."""
+    options = {f.name: getattr(cfg, f.name) for f in fields(PlanOptions)}
+    device = trainer.strategy.root_device
+    batches = scoring_batches(cfg.score, data, device, dtype_of(graph.model))
+    if batches:
+        graph.model.to(device)
+    plan = graph.plan(criterion, seed=cfg.seed, batches=batches, **options)
+    graph.model.cpu()
+    return plan
 
 
 def make_criterion(cfg: PruneConfig) -> criteria.Criterion:
@@ -212,7 +230,7 @@ def _gammas(cfg: PruneConfig, graph: ChannelGraph, plan: PruningPlan) -> dict[st
         gone[graph.norms[name].all] = True
         gone[graph.norms[name].start + torch.tensor(kept)] = False
     gammas = graph.scores("gamma")
-    common = cfg.score == "gamma" and criterion_name(cfg) in ("global", "threshold", "budget")
+    common = cfg.score == "gamma" and cfg.per == "channel" and criterion_name(cfg) in ("global", "threshold", "budget")
     return {
         "edges": BINS.tolist(),
         "kept": histogram(gammas[~gone].float()),

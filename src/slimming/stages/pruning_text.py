@@ -1,15 +1,20 @@
 """What `prune.py` prints: the table of a pruning, and the inspection of what could go."""
 
 import json
+import math
 
 import torch
 
+from slimming.channels.criteria import GlobalRatio
 from slimming.channels.graph import ChannelGraph
+from slimming.channels.penalty import near_zero_share
 from slimming.channels.plan import PruningPlan
 from slimming.records import Result
 from slimming.stages.measuring import uncounted
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that the guide compares
+MOST = 0.9  # near zero: there is nothing more to prepare
 
 
 def table(result: Result, plan: PruningPlan) -> str:
@@ -52,4 +57,39 @@ def inspection(graph: ChannelGraph) -> str:
             values = torch.quantile(free, torch.tensor(QUANTILES, dtype=free.dtype)).tolist()
             shown = "  ".join(f"{mark}: {value:.2g}" for mark, value in zip(QUANTILES, values, strict=True))
             lines.append(f"  ties={ties} ({len(free):,} candidates)  {shown}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_guide(graph)])
+
+
+def _guide(graph: ChannelGraph) -> list[str]:
+    """Return what a global ratio would take, ratio by ratio, and which one to ask for.
+
+    The advice is what results/cifar10 shows: up to the share near zero a pruning that is calibrated loses nothing; beyond it
+    a layer that is all but emptied costs most. max_layer_ratio prevents that; the reconstruction score sees it coming.
+    """
+    free = graph.scores("gamma")[graph.candidates("together")]
+    if not len(free):
+        return []
+    ready = near_zero_share(free)
+    lines = ["", f"  {'ratio':>6} {'of all gamma^2':>15}   the layer that keeps least"]
+    squares = free.sort().values.square()
+    for ratio in RATIOS:
+        gone = float(squares[: round(ratio * len(squares))].sum() / squares.sum())
+        lines.append(f"  {ratio:>6} {gone:>15.2%}   {_thinnest(graph.plan(GlobalRatio(ratio)))}")
+    safe = math.floor(20 * ready + 1e-3) / 20  # down to a multiple of 0.05
+    lines += ["", f"{ready:.1%} of the candidates are near zero (below 1% of the largest gamma)."]
+    if safe:
+        lines.append(f"  ratio={safe:g}: what is near zero; calibration is enough")
+    if safe < MOST:
+        lines.append("  more, without training afterwards: budget.macs=0.4 score=reconstruction per=macs repair=true")
+        lines.append("  more, and finetune.py afterwards: a larger ratio with max_layer_ratio=0.9")
+        lines.append(f"  to prepare more: train.py sparsity=auto target_ratio={max(0.5, min(0.9, safe + 0.2)):.1g}")
+    return lines
+
+
+def _thinnest(plan: PruningPlan) -> str:
+    """Name the BatchNorm that keeps the least share of its channels: `feature.31 keeps 1 of 128`."""
+    kept = {name: (len(channels), plan.layers[name].size[0]) for name, channels in plan.keep.items()}
+    if not kept:
+        return "all keep all"
+    name = min(kept, key=lambda name: kept[name][0] / kept[name][1])
+    return "{} keeps {} of {}".format(name, *kept[name])

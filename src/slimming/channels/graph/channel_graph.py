@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from slimming.channels.criteria import Budget, Choice, Criterion
 from slimming.channels.graph import explain, writing
 from slimming.channels.graph.candidates import decided_together, trainable_gammas
-from slimming.channels.graph.deciding import Settling, make_choice, scores
+from slimming.channels.graph.deciding import Settling, check_scores, make_choice, unit_macs
 from slimming.channels.graph.liveness import Solution
 from slimming.channels.graph.remaining import count_cost, count_other_params
+from slimming.channels.graph.scores import Given, score_gammas
 from slimming.channels.graph.structure import Structure
 from slimming.channels.options import PlanOptions
 from slimming.channels.penalty import other_norms
@@ -52,27 +53,46 @@ class ChannelGraph(Structure):
         trainable = trainable_gammas(self, ignore)
         return trainable if ties == "apart" else decided_together(self, trainable)[0]
 
-    def scores(self, score: str, seed: int = 0) -> Tensor:
-        """Return a score per gamma, (all gammas,) float64: |gamma|, `random`, or `weight_l1` of the filter it scales.
+    def scores(self, score: str | Given, seed: int = 0, batches: Iterable[Any] = ()) -> Tensor:
+        """Return a score per gamma, (all gammas,) float64: by name, or the given ones in that order.
+
+        Args:
+            score: `gamma`, `lamp`, `reconstruction`, `random` or `weight_l1`, see channels/graph/scores; or
+                {layer: scores (C,)}.
+            seed: of `random`.
+            batches: training images for `reconstruction`: inputs, or (inputs, labels).
+
+        Returns:
+            nan where a score says nothing.
 
         Raises:
-            GraphError: a gamma is not finite.
+            GraphError: a gamma is not finite, or the score does not fit the network or the batches.
+            ConfigError: a name that is unknown, or given scores of another shape.
         """
-        return scores(self, score, seed)
+        return score_gammas(self, score, seed, batches)
 
-    def plan(self, criterion: Criterion, *, seed: int = 0, **options: Any) -> PruningPlan:
+    def plan(
+        self,
+        criterion: Criterion,
+        *,
+        score: str | Given = "gamma",
+        seed: int = 0,
+        batches: Iterable[Any] = (),
+        **options: Any,
+    ) -> PruningPlan:
         """Let a criterion choose, find everything that goes with its choice, and restore what the constraints want.
 
         Args:
             criterion: of slimming.channels.criteria.
-            seed: of score="random".
-            options: fields of PlanOptions, which says what they mean and allow.
+            score, seed, batches: what the channels are ranked by; see `scores`.
+            options: other fields of PlanOptions, which says what they mean and allow.
 
         Raises:
-            GraphError: nothing can be pruned, or a gamma is not finite.
+            GraphError: nothing can be pruned, or a candidate has no finite score.
             ConfigError: a value out of range, or a pattern to ignore that matches no BatchNorm.
         """
-        chosen = PlanOptions(**options)
+        name = score if isinstance(score, str) else "given"
+        chosen = PlanOptions(**options) if name == "given" else PlanOptions(score=name, **options)
         check_options(chosen)
         self._check_prunable()
         free, classes = trainable_gammas(self, chosen.ignore), torch.arange(self.count)
@@ -80,16 +100,22 @@ class ChannelGraph(Structure):
             free, classes = decided_together(self, free)
         if not bool(free.any()):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
-        values = self.scores(chosen.score, seed)
+        values = check_scores(self, self.scores(score, seed, batches), free)
         choice = make_choice(self, free, classes, values, chosen.reduce)
+        if chosen.per == "macs":
+            choice.score = choice.score / unit_macs(self, choice)
         settling = Settling(self, values, choice, chosen)
         if isinstance(criterion, Budget):
             removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
         else:
             removed = criterion.choose(choice)
-        return self._write_plan(settling.outcome(removed), choice, removed, criterion)
+        asked = criterion.describe() | {"score": name} | {"per": chosen.per}
+        asked = {
+            key: value for key, value in asked.items() if (key, value) not in (("score", "gamma"), ("per", "channel"))
+        }
+        return self._write_plan(settling.outcome(removed), choice, removed, asked)
 
-    def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, criterion: Criterion) -> PruningPlan:
+    def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, asked: dict[str, Any]) -> PruningPlan:
         layers = writing.layer_plans(self, solution)
         got = writing.describe_outcome(choice, removed, solution) | self.cost_share(solution)
         got["highest_score"] = float(choice.score[removed].max()) if bool(removed.any()) else None
@@ -99,7 +125,7 @@ class ChannelGraph(Structure):
             spec=self.spec,
             keep={n: p.outs for n, p in layers.items() if p.kind == "norm" and len(p.outs) < p.size[1]},
             layers=layers,
-            asked=criterion.describe(),
+            asked=asked,
             got=got,
             train_watched=not self.train_reason,
             train_reason=self.train_reason,

@@ -5,32 +5,24 @@ from torch import Tensor
 
 from slimming.channels.criteria import Choice
 from slimming.channels.graph.liveness import Solution, solve
+from slimming.channels.graph.remaining import component_macs
 from slimming.channels.graph.structure import Structure
 from slimming.channels.options import PlanOptions
 from slimming.errors import GraphError
 
 
-def scores(graph: Structure, score: str, seed: int) -> Tensor:
-    """Return a score per gamma, (all gammas,) float64; see ChannelGraph.scores."""
-    gammas = torch.cat([n.module.weight.detach().abs().double().cpu() for n in graph.norms.values()])
-    if not bool(gammas.isfinite().all()):
-        name = next(name for name, n in graph.norms.items() if not bool(gammas[n.all].isfinite().all()))
-        raise GraphError(f"the scales of {name} are not finite: take a checkpoint from before that happened")
-    if score == "random":
-        return torch.rand(graph.count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return gammas if score == "gamma" else _filter_mass(graph)
+def check_scores(graph: Structure, values: Tensor, free: Tensor) -> Tensor:
+    """Return the scores (all gammas,), 0 where they do not matter.
 
-
-def _filter_mass(graph: Structure) -> Tensor:
-    """Return for every gamma the L1 norm of all filters that write what it scales."""
-    mass = torch.zeros(graph.tape.count, dtype=torch.float64)
-    for name, step in graph.layers.items():
-        if step.use.kind in ("conv", "linear", "grouped", "transposed"):
-            own = graph.modules[name].weight if name in graph.modules else graph.model.get_parameter(name)
-            assert isinstance(own, Tensor)
-            weight, axis = own.detach().abs().double().cpu(), 1 if step.use.kind == "transposed" else 0
-            mass.index_add_(0, step.writes, weight.sum([i for i in range(weight.ndim) if i != axis]))
-    return torch.cat([mass[graph.layers[name].reads] for name in graph.norms])
+    Raises:
+        GraphError: one of the candidates `free` (all gammas,) bool has none.
+    """
+    for name, norm in graph.norms.items():
+        if not bool((values.isfinite() | ~free)[norm.all].all()):
+            raise GraphError(
+                f"{name} has channels without a finite score: leave it whole by ignore=['{name}'], or take another score"
+            )
+    return torch.where(free, values, values.nan_to_num(0.0, 0.0, 0.0))
 
 
 def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor, reduce: str) -> Choice:
@@ -51,6 +43,15 @@ def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor,
         0, unit, values[gammas], "amax" if reduce == "max" else "mean", include_self=False
     )
     return Choice(gammas, unit, score, unit.bincount(), graph.norm_of[gammas])
+
+
+def unit_macs(graph: Structure, choice: Choice) -> Tensor:
+    """Return the MACs of everything that reads or writes the channels of a unit, in the dense network, (U,) float64, >= 1."""
+    unit, slot = torch.stack((choice.unit, graph.slots[choice.gammas])).unique(
+        dim=1
+    )  # a channel that several write: once
+    macs = torch.zeros_like(choice.score).index_add_(0, unit, component_macs(graph)[slot])
+    return macs.clamp_min(1)
 
 
 class Settling:

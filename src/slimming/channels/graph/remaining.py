@@ -31,6 +31,33 @@ def count_cost(graph: Structure, live: Tensor | None, kept: Tensor | None) -> di
     return {"macs": macs, "params": params}
 
 
+def component_macs(graph: Structure) -> Tensor:
+    """Return the MACs of everything that reads or writes a component, in the dense network, (atoms,) float64.
+
+    What a BatchNorm alone reads goes with the channel that it writes.
+    """
+    macs = torch.zeros(graph.tape.count, dtype=torch.float64)
+    uses, products = graph.recording.evaluated
+    for use, reads, writes, _ in graph.steps[:uses]:
+        if use.kind == "norm":
+            continue
+        each = float(use.positions * use.kernel)
+        if use.kind in CARRYING:
+            macs[writes] += each
+            continue
+        for side, other in ((reads, writes), (writes, reads)):
+            macs.index_add_(0, side, torch.full((len(side),), each * len(other) / use.groups, dtype=torch.float64))
+    for product in graph.tape.products[:products]:
+        atoms = graph.component[product.atoms]
+        macs.index_add_(0, atoms, torch.full((len(atoms),), float(product.macs), dtype=torch.float64))
+    readers = torch.cat([step.reads.unique() for step in graph.layers.values()]).bincount(minlength=graph.tape.count)
+    for step in graph.layers.values():
+        if step.use.kind == "norm":
+            alone = (readers[step.reads] == 1) & (step.reads != step.writes)
+            macs.index_add_(0, step.writes[alone], macs[step.reads[alone]])
+    return macs
+
+
 def count_other_params(graph: Structure) -> int:
     """Count parameters of layers that no rule resizes."""
     total = sum(p.numel() for p in graph.model.parameters())

@@ -120,6 +120,16 @@ class Equations:
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
 
+    def normal(self, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrix with the ridge, (groups, inputs, inputs), and X'R, both centred if there is an intercept."""
+        gram, cross = self.gram, self.cross
+        if intercept:
+            gram = gram - self.sum_x.mT @ self.sum_x / self.rows
+            cross = cross - self.sum_x.mT @ self.sum_r / self.rows
+        size = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
+        penalty = torch.where(size > 0, ridge * size, 1.0)  # inputs that are 0: no change
+        return gram + torch.diag_embed(penalty[:, None].expand(gram.shape[:2])), cross
+
     def solve(self, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Return the change of the weights, in their shape, and the intercept (C_out,), 0 without one.
 
@@ -129,13 +139,8 @@ class Equations:
         Raises:
             GraphError: the equations have no solution.
         """
-        gram, cross = self.gram, self.cross
-        if intercept:
-            gram = gram - self.sum_x.mT @ self.sum_x / self.rows
-            cross = cross - self.sum_x.mT @ self.sum_r / self.rows
-        size = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-        penalty = torch.where(size > 0, ridge * size, 1.0)  # inputs that are 0: no change
-        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(penalty[:, None].expand(gram.shape[:2])))
+        gram, cross = self.normal(ridge, intercept)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed.any()) or not bool(factor.isfinite().all()):
             raise GraphError(f"its Gram matrix is singular or not finite at ridge={ridge:g}: raise repair.ridge")
         change = torch.cholesky_solve(cross, factor)  # (groups, inputs, outputs)
