@@ -233,8 +233,9 @@ def macs(folder: Path) -> dict[str, int]:
     """Return the MACs of the dense and the pruned network, by name, as their exports counted them."""
     found = {}
     for name in ("dense", "pruned"):
-        for result in folder.glob(f"{name}-*/result.json"):
-            cost = json.loads(result.read_text()).get("cost") or {}
+        for format_name in ("onnx", "openvino"):  # not the folders of int8 and low rank
+            path = folder / f"{name}-{format_name}" / "result.json"
+            cost = json.loads(path.read_text()).get("cost") or {} if path.exists() else {}
             if "macs" in cost:
                 found.setdefault(name, cost["macs"])
     return found
