@@ -15,9 +15,10 @@ from slimming.errors import ConfigError, RunDirectoryError
 from slimming.folders import LOCK, claimed, joined
 
 HOLD = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from slimming.folders import claimed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 with claimed(Path(sys.argv[1])):
     if "fork" in sys.argv and os.fork() == 0:
         print("child", os.getpid(), flush=True)
