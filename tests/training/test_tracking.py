@@ -118,7 +118,7 @@ def test_mlflow(tmp_path):
     histograms = client.list_artifacts(train.info.run_id, "gamma")
     assert [f.path for f in histograms] == ["gamma/step-00000002.json", "gamma/step-00000005.json"]  # 3 steps an epoch
     content = json.loads(Path(client.download_artifacts(train.info.run_id, histograms[0].path)).read_text())
-    assert sum(content["counts"]) == 6 + 5 + 3 and len(content["edges"]) == len(content["counts"]) + 1
+    assert sum(content["counts"]) == 6 + 6 + 3 and len(content["edges"]) == len(content["counts"]) + 1
 
 
 def test_wandb(tmp_path, monkeypatch):
