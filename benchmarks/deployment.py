@@ -282,10 +282,10 @@ def page(root: Path, command: str) -> str:
         "",
     ]
     lines += [
-        "Milliseconds are medians of passes taken in turns; in brackets: how many times as fast as the dense network in",
+        "Milliseconds are medians of passes taken in turns; in brackets: how many times as fast as the dense network in "
+        "the same engine, of int8 networks as the dense one in int8.",
         "",
     ]
-    lines[-2:] = [f"{lines[-2]} the same engine, of int8 networks as the dense one in int8.", ""]
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         found = benches(folder)
         failed = {path.stem: path.read_text() for path in sorted(folder.glob("*.failed"))}

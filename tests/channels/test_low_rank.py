@@ -12,7 +12,7 @@ from torch import nn
 
 import slimming
 from slimming import models
-from slimming.channels.low_rank import LowRank, _factorise, low_rank, low_rank_like, split_to
+from slimming.channels.low_rank import LowRank, _factorise, low_rank, low_rank_like
 from slimming.errors import ConfigError, GraphError, PlanError, SlimmingError
 
 CONVOLUTIONS = [
@@ -75,7 +75,7 @@ def test_weights_of_low_rank_are_found_exactly():
     with torch.no_grad():
         layer.weight.copy_(torch.einsum("owr,rih->oihw", torch.randn(32, 3, 4), torch.randn(4, 32, 3)))
     example = torch.randn(2, 32, 8, 8, dtype=torch.float64)
-    result, splits, _ = split_to(nn.Sequential(layer), example, 0.3)
+    result, splits, _ = low_rank(nn.Sequential(layer), example, 0.3)
     assert splits["0"]["kind"] == "spatial"
     with torch.no_grad():
         torch.testing.assert_close(result(example), layer(example), rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_weights_of_low_rank_are_found_exactly():
 
 def test_the_whole_share_changes_nothing():
     model = vgg()
-    result, splits, share = split_to(model, EXAMPLE, 1.0)
+    result, splits, share = low_rank(model, EXAMPLE, 1.0)
     assert splits == {} and share == 1
     same(model, result, EXAMPLE)
 
@@ -93,7 +93,7 @@ def test_cost_follows_the_share():
     dense, before = slimming.cost(model, EXAMPLE).macs, {k: v.clone() for k, v in model.state_dict().items()}
     costs = []
     for share in (0.9, 0.6, 0.3):
-        result, splits, got = split_to(model, EXAMPLE, share)
+        result, splits, got = low_rank(model, EXAMPLE, share)
         costs.append(slimming.cost(result, EXAMPLE).macs)
         assert costs[-1] / dense == pytest.approx(got) and share - 0.05 < got <= share and splits
         macs, wide = slimming.cost(result, EXAMPLE).layers, slimming.cost(model, EXAMPLE).layers
@@ -108,14 +108,14 @@ def test_a_smaller_share_loses_more(kernel):
     torch.manual_seed(0)
     layer, example = nn.Conv2d(24, 24, kernel).double(), torch.randn(2, 24, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        results = [low_rank(nn.Sequential(layer), example, share) for share in (1.0, 0.8, 0.5, 0.2)]
+        results = [low_rank(nn.Sequential(layer), example, share).model for share in (1.0, 0.8, 0.5, 0.2)]
         errors = [float((result(example) - layer(example)).norm()) for result in results]
     assert errors[0] == 0 and errors == sorted(errors) and len(set(errors)) == 4
 
 
 def test_ranks_are_plain_data_that_rebuild_the_architecture():
     model = vgg()
-    result, splits, _ = split_to(model, EXAMPLE, 0.4)
+    result, splits, _ = low_rank(model, EXAMPLE, 0.4)
     again = low_rank_like(model, json.loads(json.dumps(splits))).eval()
     again.load_state_dict(result.state_dict())
     same(result, again, EXAMPLE)
@@ -129,7 +129,7 @@ def test_it_composes_with_pruning():
     torch.manual_seed(0)
     model = randomise(models.preresnet(depth=11, width=2)).eval()
     thin = slimming.prune(model, slimming.trace(model, EXAMPLE).plan(slimming.GlobalRatio(0.5), ties="apart")).eval()
-    result, splits, _ = split_to(thin, EXAMPLE, 0.7)
+    result, splits, _ = low_rank(thin, EXAMPLE, 0.7)
     assert splits and type(result) is type(thin)
     trained = result.train()
     trained(EXAMPLE).sum().backward()
@@ -144,7 +144,7 @@ def test_grouped_and_shared_layers_stay_whole():
     other.weight = tied.weight
     grouped, free = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.Conv2d(16, 16, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared, tied, other, grouped, free).eval()
-    assert set(split_to(model, torch.randn(2, 16, 8, 8), 0.5).splits) == {"6"}
+    assert set(low_rank(model, torch.randn(2, 16, 8, 8), 0.5).splits) == {"6"}
 
 
 def test_a_target_that_rank_one_misses_is_refused():
@@ -192,7 +192,7 @@ def test_random_networks_keep_to_the_share(steps, flat, share):
     model = randomise(Net(steps, flat, seed=0)).eval()
     example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     try:
-        result, splits, got = split_to(model, example, share)
+        result, splits, got = low_rank(model, example, share)
     except ConfigError:
         return
     assert got <= share + 1e-9 and set(splits) == {n for n, m in result.named_modules() if isinstance(m, LowRank)}

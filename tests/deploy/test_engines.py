@@ -134,5 +134,5 @@ def test_more_threads_than_cores_are_refused(model):
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ConfigError, match=r"openvino is not installed: pip install 'slimming\[export\]'"):
+    with pytest.raises(ConfigError, match=r"openvino is not installed: pip install 'slimming\[openvino\]'"):
         open_engine(files[".xml"], "openvino")

@@ -14,6 +14,7 @@ import slimming
 from conftest import ROOT
 from slimming import models
 from slimming.deploy import FORMATS, format_named
+from slimming.deploy.engines import open_engine
 from slimming.deploy.fresh import fresh_process
 from slimming.deploy.proving import prove
 from slimming.errors import ConfigError, ExportError
@@ -59,7 +60,7 @@ def twice(tmp_path_factory):
 def test_a_fresh_process_computes_the_same(name, twice):
     path = twice[0] / f"model{format_named(name).SUFFIXES[0]}"
     model = thin().model
-    with fresh_process(name, path) as artefact:
+    with fresh_process(path) as artefact:
         proof = prove(artefact, model, [(torch.randn(n, *IMAGE), None) for n in (1, 5)])
     assert proof.images == 6 and proof.relative < 1e-5
 
@@ -88,13 +89,13 @@ def test_an_unknown_format_is_refused():
 def test_a_file_that_is_no_artefact_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model")
-    with pytest.raises(ExportError, match="a fresh process cannot run it"), fresh_process("onnx", path) as artefact:
+    with pytest.raises(ExportError, match="a fresh process cannot run it"), fresh_process(path) as artefact:
         artefact(torch.zeros(1, *IMAGE).numpy())
 
 
 def test_an_artefact_that_computes_something_else_is_seen(twice):
     other = trained(models.build(SPEC["name"], **SPEC["arguments"]))
-    proof = prove(format_named("onnx").load(twice[0] / "model.onnx"), other, [(torch.randn(2, *IMAGE), None)])
+    proof = prove(open_engine(twice[0] / "model.onnx", "onnxruntime"), other, [(torch.randn(2, *IMAGE), None)])
     assert proof.relative > 1e-2
 
 

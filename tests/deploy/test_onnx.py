@@ -2,9 +2,7 @@
 
 import collections
 
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from networks import Residual, network, pruned, trained
@@ -12,6 +10,7 @@ from torch import nn
 
 from slimming.channels.layers import SelectBatchNorm
 from slimming.deploy import format_named, onnx_format
+from slimming.deploy.engines import open_engine
 from slimming.deploy.proving import prove
 from slimming.errors import ConfigError, ExportError
 
@@ -34,7 +33,7 @@ def test_it_computes_the_same_for_any_number_of_images(ties, tmp_path):
         model = pruned(model, IMAGE, ties)
     file = written(model, tmp_path / "a.onnx")
     batches = [(torch.randn(n, *IMAGE), None) for n in (1, 5)]
-    assert prove(onnx_format.load(tmp_path / "a.onnx"), model, batches).relative < 1e-5
+    assert prove(open_engine(tmp_path / "a.onnx", "onnxruntime"), model, batches).relative < 1e-5
     scattering = [m for m in model.modules() if isinstance(m, SelectBatchNorm) and m.scatter is not None]
     assert bool(scattering) == (ties == "apart")
     assert not operators(file).keys() & {"ScatterND", "ScatterElements"}  # a gather takes its place
@@ -95,13 +94,3 @@ def test_a_missing_package_is_told_with_the_extra(monkeypatch):
     monkeypatch.setattr(onnx_format, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(ConfigError, match=r'needs no_such_package, .*pip install "slimming\[export\]"'):
         format_named("onnx")
-
-
-def test_the_runtime_gets_the_threads_that_are_asked_for(tmp_path, monkeypatch):
-    written(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()), tmp_path / "a.onnx")
-    seen = []
-    real = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda p, o, **k: seen.append(o) or real(p, o, **k))
-    run = onnx_format.load(tmp_path / "a.onnx", threads=1)
-    assert seen[0].intra_op_num_threads == 1
-    assert run(np.zeros((2, *IMAGE), np.float32)).shape == (2, 128)

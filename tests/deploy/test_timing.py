@@ -21,12 +21,10 @@ class Clock:
         return go
 
 
-def test_the_median_the_quartiles_and_the_ratio_turn_by_turn():
-    a, b = Timing((1.0, 2.0, 3.0, 4.0, 5.0), 1), Timing((2.0, 6.0, 6.0, 8.0, 100.0), 1)
+def test_the_median_and_the_quartiles():
+    a = Timing((1.0, 2.0, 3.0, 4.0, 5.0), 1)
     assert a.median_ms == 3
     assert a.quartiles_ms == (2, 4)
-    assert a.times_as_fast_as(b) == 2
-    assert b.times_as_fast_as(a) == 0.5
 
 
 def test_runs_take_turns_and_a_turn_warms_up(monkeypatch):
@@ -39,12 +37,12 @@ def test_runs_take_turns_and_a_turn_warms_up(monkeypatch):
     assert (found["a"].passes, found["b"].passes) == (3, 1)
 
 
-def test_a_busy_moment_moves_neither_the_median_nor_the_ratio(monkeypatch):
+def test_a_busy_moment_does_not_move_the_medians(monkeypatch):
     clock = Clock(monkeypatch)
     busy = lambda: 10.0 if len(clock.order) in (20, 21, 22, 23) else 0.04  # noqa: E731
     found = time_in_turns({"a": clock.run("a", busy), "b": clock.run("b", 0.08)}, turns=9)
     assert found["a"].median_ms == pytest.approx(40)
-    assert found["a"].times_as_fast_as(found["b"]) == pytest.approx(2)
+    assert found["b"].median_ms == pytest.approx(80)
 
 
 @pytest.mark.parametrize(("budget", "turns"), [(1e9, 15), (10.0, 10), (2.0, 3), (0.1, 3)])

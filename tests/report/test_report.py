@@ -157,12 +157,15 @@ def test_troubles_are_told_and_skipped(runs, capsys):
     write(runs, "bad/widths", trained("sparse") | {"widths": [8, "P"]})
     write(runs, "bad/latency", pruned("../base1/last.ckpt") | {"latency_ms": {"before": 0, "after": 1}})
     write(runs, "bad/parent", trained("sparse") | {"parent": "a\0b"})
+    for name, sparsity in (("lambda", "much"), ("target", "auto")):
+        sparse = trained("sparse")
+        write(runs, f"bad/{name}", sparse | {"config": sparse["config"] | {"sparsity": sparsity}})
     write(runs, "bad/binary", "x")
     (runs / "bad/binary/result.json").write_bytes(b"\xff\xfe\x00")
     write(runs, "died", {"format": 1, "status": "failed", "stage": "prune", "error": "ratio must lie in [0, 1) | <b>"})
     report(ReportConfig(runs=str(runs)))
     text = (runs / "report.md").read_text().split("## What failed")[1]
-    assert text.count("bad/") == 13 and "ratio must lie in [0, 1) \\| <b>" in text
+    assert text.count("bad/") == 15 and "ratio must lie in [0, 1) \\| <b>" in text
     page = (runs / "report.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "died: prune failed: ratio must lie in [0, 1)" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_the_engines_of_the_configuration_are_those_there_are():
     ("names", "overrides", "message"),
     [
         (["missing.onnx"], (), "there is no file .*missing.onnx"),
-        (["a.bin"], (), "a.bin is of no kind that can be timed: .ckpt, .pt2, .onnx, .xml"),
+        (["a.bin"], (), "a.bin is of no kind that can be timed: .ckpt, .pt2, .safetensors, .onnx, .xml"),
         (
             [".onnx"],
             ("engines=[torch]",),

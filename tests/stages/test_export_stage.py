@@ -17,6 +17,7 @@ from conftest import ROOT, SMALL, compose_config
 from slimming import stages
 from slimming.data import Digits
 from slimming.deploy import safetensors_format
+from slimming.deploy.engines import open_engine
 from slimming.errors import CheckpointError, ConfigError, DataError, ExportError, RunDirectoryError
 from slimming.report.collect import collect
 from slimming.stages import exporting
@@ -84,7 +85,7 @@ def test_the_lines_of_the_page_classify_an_image_without_torch(exported, tmp_pat
     assert "torch" not in lines and "slimming" not in lines
     code = "import sys; sys.modules.update(torch=None, slimming=None)\n" + lines
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    run = exporting.deploy.format_named("onnx").load(exported[0] / "model.onnx")
+    run = open_engine(exported[0] / "model.onnx", "onnxruntime")
     assert int(done.stdout) == run(data.transform(image[None]).numpy())[0].argmax()
 
 

@@ -51,6 +51,7 @@ def test_values_of_the_quantisation_go_with_its_name():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (("quantize=none", "quantize.max_drop=0.5"), r"quantize.<option> needs quantize=int8"),
         (("format=torch",), "quantize=int8 is for format=onnx and format=openvino, not for torch"),
         (("format=openvino", "quantize.symmetric=true"), "quantize.symmetric=true is for format=onnx"),
         (("quantize.max_drop=-1",), "quantize.max_drop must be a number >= 0"),

@@ -61,6 +61,22 @@ def test_short_trainings_look_more_often_than_once_an_epoch():
     assert near_zero_share(penalty.flat()) == pytest.approx(0.5, abs=0.05)
 
 
+def test_gammas_that_come_back_are_brought_down_again_in_a_long_training():
+    """Where lambda fell to nothing, it would take as many looks to be back as it took to fall."""
+    penalty = Penalty({"norm": nn.Parameter(torch.full((100,), 0.5))}, 0.0)
+    steering = Steering(penalty, 0.5, [0.1] * 160, MOMENTUM)
+    steering.on_train_start(SimpleNamespace(num_training_batches=STEPS, accumulate_grad_batches=1), None)
+    gammas, shares = penalty.gammas["norm"].data, []
+    for epoch in range(160):
+        steering.look(epoch * STEPS)
+        back = 4e-3 if epoch > 110 else 0.0  # the loss wants them back
+        gammas[:60] = (gammas[:60] - 30 * penalty.sparsity + back).clamp(0, 0.5)
+        shares.append(near_zero_share(penalty.flat()))
+    assert min(shares[90:111]) >= 0.5
+    away = next(epoch for epoch in range(111, 160) if shares[epoch] < 0.5)
+    assert any(share >= 0.5 for share in shares[away : away + 15]), "lambda is there again within 15 looks"
+
+
 def test_a_rate_of_zero_changes_nothing():
     _, lambdas = steered(0.5, torch.linspace(0, 4e-3, 100), [0.1, 0.0, 0.1] * 10)
     assert all(torch.isfinite(torch.tensor(lambdas)))

@@ -27,7 +27,7 @@ class LowRank(nn.Sequential):
 
 
 class Splitting(NamedTuple):
-    """What `low_rank` returns."""
+    """A copy with layers split, the splits by layer, and the share of the MACs of what can be split that remains."""
 
     model: nn.Module
     splits: dict[str, Split]
@@ -77,8 +77,8 @@ class _Layer:
         return before * ins * first + after * (first * second * height * width + second * outs)
 
 
-def low_rank(model: nn.Module, example: Any, share: float) -> nn.Module:
-    """Return a copy whose layers are split so that at most `share` of the MACs of those that can be split remains.
+def low_rank(model: nn.Module, example: Any, share: float) -> Splitting:
+    """Split the layers of a copy so that at most `share` of the MACs of those that can be split remains.
 
     One threshold on the energy (squared weights) that every split keeps is lowered until the target is met. A layer that
     gets no cheaper stays whole, as do grouped ones, those whose weights others share, and those of other classes.
@@ -91,11 +91,6 @@ def low_rank(model: nn.Module, example: Any, share: float) -> nn.Module:
         ConfigError: a share out of range, or less than rank 1 leaves.
         GraphError: the network does not run, whole or split.
     """
-    return split_to(model, example, share).model
-
-
-def split_to(model: nn.Module, example: Any, share: float) -> Splitting:
-    """Do what `low_rank` does, and return the splits as plain data and the share of those MACs that remains."""
     check_number("low_rank", share, 0, 1, above=True)
     layers = _find_layers(model, example)
     whole = sum(layer.macs for layer in layers.values())

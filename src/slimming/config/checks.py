@@ -11,6 +11,7 @@ from slimming.config.schema import (
     FinetuneConfig,
     PruneConfig,
     PruneOptions,
+    QuantizeConfig,
     RepairConfig,
     SlimConfig,
     TrainConfig,
@@ -170,6 +171,8 @@ def _check_finetune(config: FinetuneConfig) -> None:
 def _check_export(config: ExportConfig) -> None:
     if not config.checkpoint:
         raise ConfigError("checkpoint=<run directory>/pruned.ckpt is needed: the network to export")
+    if not config.quantize.to and config.quantize != QuantizeConfig():
+        raise ConfigError("quantize.<option> needs quantize=int8 beside it: the export stays in float")
     if config.quantize.to and config.format not in QUANTISABLE:
         raise ConfigError(
             f"quantize={config.quantize.to} is for format={' and format='.join(QUANTISABLE)}, not for {config.format}"

@@ -167,7 +167,20 @@ class FinetunePenalty(PenaltyOptions):
 
 
 @dataclass
-class FinetuneConfig(TrainOptions):
+class LowRankOption:
+    """What may be split before a fine-tuning or an export."""
+
+    low_rank: float | None = option(
+        None,
+        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
+        low=0,
+        high=1,
+        above=True,
+    )
+
+
+@dataclass
+class FinetuneConfig(TrainOptions, LowRankOption):
     """One fine-tuning. The groups hold what was given; the rest is as in the checkpoint's training."""
 
     sparsity: Any = option(
@@ -190,13 +203,6 @@ class FinetuneConfig(TrainOptions):
     )
     optimizer_state: bool = option(
         False, "true: begin with the optimizer state of the training before the pruning, sliced as the weights were"
-    )
-    low_rank: float | None = option(
-        None,
-        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
-        low=0,
-        high=1,
-        above=True,
     )
     distill: DistillConfig = field(default_factory=DistillConfig)
     model: Group = field(default_factory=dict)
@@ -258,7 +264,7 @@ class QuantizeConfig:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(LowRankOption):
     """One export. The groups hold what was given; the rest is as in the checkpoint's training."""
 
     checkpoint: str | None = option(
@@ -278,13 +284,6 @@ class ExportConfig:
         whole=True,
     )
     seed: int = option(1, "of those random images", low=0, high=2**32 - 1, whole=True)
-    low_rank: float | None = option(
-        None,
-        "split convolutions and linear layers into factors of low rank first: the share of their MACs that may remain",
-        low=0,
-        high=1,
-        above=True,
-    )
     shape: str | None = option(
         None,
         "auto: of networks that compute the same (zero channels up to multiples of 4, 8 or 16; BatchNorms that select, or read "

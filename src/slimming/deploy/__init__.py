@@ -1,11 +1,10 @@
 """A network as a file that runs elsewhere: one module per format, and the proof that the file computes what the network does.
 
-Every module of a format has the same four names:
+Every module of a format has the same names; what it writes is run by the first engine that reads it (engines.READS):
 
 SUFFIXES: of the files it writes, the one that is opened first of all.
 PACKAGES, EXTRA: what it needs beside torch, and the extra of `slimming` that brings it.
 write(network, path): write the file (and those beside it) of a `Network`.
-load(path, threads=None): return a function of float32 images (N, C, H, W) that returns logits (N, classes), both NumPy arrays.
 """
 
 import importlib

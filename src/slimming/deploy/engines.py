@@ -21,14 +21,16 @@ from slimming.errors import ConfigError, check_choice, check_number
 READS = {  # which engines run a kind of file, the usual one first
     ".ckpt": ("torch", "compile"),
     ".pt2": ("torch", "compile"),
+    ".safetensors": ("torch", "compile"),
     ".onnx": ("onnxruntime", "openvino"),
     ".xml": ("openvino",),
 }
 PACKAGES = {"torch": "torch", "compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+EXTRAS = {"onnxruntime": "export", "openvino": "openvino"}  # that bring them
 ENGINES = tuple(PACKAGES)
 MOST_COMPILATIONS = 64  # of one forward: torch's own limit of 8 would let the ninth shape run uncompiled, silently
 
-Shape = tuple[int | None, ...]
+InputShape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Engine:
 
     name: str
     threads: int
-    shape: Shape | None
+    shape: InputShape | None
     run: Callable[[np.ndarray], np.ndarray]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -96,7 +98,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError as error:
-        raise ConfigError(f"{name} is not installed: pip install 'slimming[export]'") from error
+        raise ConfigError(f"{name} is not installed: pip install 'slimming[{EXTRAS[name]}]'") from error
 
 
 # --- onnxruntime and OpenVINO -----------------------------------------------------------------------------------------
@@ -165,12 +167,13 @@ def _torch(what: Path | nn.Module, name: str, threads: int) -> Engine:
     return Engine(name, threads, shape, run_compiled)
 
 
-def _read_network(path: Path) -> tuple[nn.Module, Shape | None]:
-    """Read the network of a checkpoint or of a torch.export program, with the shape of its input where that is known."""
-    if path.suffix == ".ckpt":
+def _read_network(path: Path) -> tuple[nn.Module, InputShape | None]:
+    """Read the network of a checkpoint or an export for torch, with the shape of its input where that is known."""
+    if path.suffix in (".ckpt", ".safetensors"):
         from slimming import checkpoint
+        from slimming.deploy import safetensors_format
 
-        saved = checkpoint.read(path)
+        saved = checkpoint.read(path) if path.suffix == ".ckpt" else safetensors_format.read(path)
         seen = saved.record.data or {}
         known = {"in_channels", "image_size"} <= seen.keys()
         shape = (None, seen["in_channels"], seen["image_size"], seen["image_size"]) if known else None

@@ -18,14 +18,14 @@ SOURCE = Path(__file__).parents[2]  # what holds the package `slimming`
 
 
 @contextlib.contextmanager
-def fresh_process(format_name: str, path: Path) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+def fresh_process(path: Path) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
     """Give the function that an artefact computes, in a process of its own until the block ends.
 
     Raises:
         ExportError: the artefact cannot be loaded or run; the message ends with what the engine says.
     """
     search = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "slimming.deploy.fresh", format_name, str(path.resolve())]
+    command = [sys.executable, "-m", "slimming.deploy.fresh", str(path.resolve())]
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             command,
@@ -68,17 +68,17 @@ def _receive(stream: Any) -> np.ndarray:
     return np.load(io.BytesIO(stream.read(length)), allow_pickle=False)
 
 
-def serve(format_name: str, path: Path) -> None:
+def serve(path: Path) -> None:
     """Be that process: images come in on stdin, logits go out on stdout, until stdin ends."""
-    from slimming.deploy import format_named
+    from slimming.deploy.engines import READS, cores, open_engine
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever an engine prints is no answer
-    function = format_named(format_name).load(path)
+    engine = open_engine(path, READS[path.suffix][0], cores())
     with contextlib.suppress(EOFError):
         while True:
-            _send(answers, function(_receive(sys.stdin.buffer)))
+            _send(answers, engine(_receive(sys.stdin.buffer)))
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))
+    serve(Path(sys.argv[1]))

@@ -1,11 +1,7 @@
 """ONNX: for onnxruntime, TensorRT, OpenVINO and most other engines."""
 
-import contextlib
-import logging
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from torch.export import ExportedProgram
 
 from slimming.deploy.capturing import BATCH, INPUT, OUTPUT, Network, capture, first_lines, layer_of
 from slimming.errors import ExportError
+from slimming.quiet import only_errors
 
 SUFFIXES = (".onnx",)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -44,7 +41,11 @@ def convert(program: ExportedProgram) -> Any:
     """Return the onnx.ModelProto of a captured network, optimised, checked, and without paths of this machine."""
     import onnx
 
-    with _silent():
+    with (
+        warnings.catch_warnings(),
+        only_errors("torch.onnx", "onnxscript", "onnx_ir"),
+    ):  # notes of the exporter on itself
+        warnings.simplefilter("ignore")
         try:
             found = torch.onnx.export(
                 program,
@@ -101,30 +102,3 @@ def _refusal(program: ExportedProgram, error: BaseException) -> str:
         f"format=onnx: ONNX has no equivalent of the operator {found[1]}, which is called in {layers}: "
         "replace it in the network, or take another format (format=torch)"
     )
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the exporter's notes on itself off the screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
-
-
-def load(path: Path, threads: int | None = None) -> Callable[[Any], Any]:
-    """Return the function that a file computes, on the CPU, by onnxruntime; `threads`: None for the engine's choice."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    (name,) = (given.name for given in session.get_inputs())
-    return lambda images: session.run(None, {name: images})[0]

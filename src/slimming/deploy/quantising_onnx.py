@@ -3,15 +3,14 @@
 The QDQ format, as QOperator with signed activations is slow on x86-64.
 """
 
-import contextlib
-import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimming.deploy.onnx_format import clear
+from slimming.quiet import only_errors
 
 ARITHMETIC = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat")  # what may go back to float
 # These take the scale of their input, so that int8 runs through from layer to layer.
@@ -50,7 +49,7 @@ class OnnxQuantiser:
 
         self.prepared, self.ranges = folder / "prepared.onnx", folder / "ranges.json"
         self.calibration, self.reduce_range, self.symmetric = calibration, reduce_range, symmetric
-        with _silent():
+        with only_errors(""):  # its advice is to do what was done
             quant_pre_process(_named(onnx.load(source)), str(self.prepared))
         graph = onnx.load(self.prepared).graph
         self.input = graph.input[0].name
@@ -66,7 +65,7 @@ class OnnxQuantiser:
         import onnx
         from onnxruntime import quantization
 
-        with _silent():
+        with only_errors(""):  # its advice is to do what was done
             quantization.quantize_static(
                 str(self.prepared),
                 str(path),
@@ -127,15 +126,3 @@ def _read_by_norms(graph: Any) -> set[str]:
         above = [writer[name] for name in node.input if name in writer]
         waiting += [n for n in above if n.op_type not in WEIGHTED and n.name not in found]
     return found
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the quantiser's advice, which is to do what was done, off the screen."""
-    log = logging.getLogger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimming.errors import ConfigError
+from slimming.quiet import only_errors
 
 LAYERS = ("Convolution", "GroupConvolution", "MatMul", "Add", "Multiply", "Concat")
 
@@ -26,7 +26,7 @@ class OpenVinoQuantiser:
             from nncf.quantization.range_estimator import RangeEstimatorParametersSet
         except ImportError as error:
             raise ConfigError(
-                f"quantize=int8 with format=openvino needs {error.name}: pip install 'slimming[export]'"
+                f"quantize=int8 with format=openvino needs {error.name}: pip install 'slimming[openvino]'"
             ) from error
         self.nncf, self.openvino = nncf, openvino
         self.source, self.calibration = source, list(calibration)
@@ -63,13 +63,5 @@ def _of_images(op: Any) -> bool:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Keep nncf's notes and progress bars off the screen."""
-    import nncf
-
-    log = logging.getLogger("nncf")
-    level = log.level
-    nncf.set_log_level(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
+    with only_errors("nncf"), contextlib.redirect_stdout(io.StringIO()):
+        yield

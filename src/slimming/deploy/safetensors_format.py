@@ -1,11 +1,8 @@
 """safetensors: the weights as plain arrays, and in the file's header the architecture, as `slimming` rebuilds it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from slimming import checkpoint
@@ -39,7 +36,12 @@ def write(network: Network, path: Path) -> None:
 
 
 def rebuild(path: Path | str) -> nn.Module:
-    """Rebuild the network of a file, in eval mode on the CPU.
+    """Rebuild the network of a file, in eval mode on the CPU; errors as `read`."""
+    return checkpoint.rebuild(read(path))
+
+
+def read(path: Path | str) -> checkpoint.Checkpoint:
+    """Read a file as if it were a checkpoint of its network.
 
     Raises:
         CheckpointError: missing, damaged, or not written by `export.py format=safetensors`.
@@ -52,17 +54,4 @@ def rebuild(path: Path | str) -> nn.Module:
             weights = {checkpoint.PREFIX + key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return checkpoint.rebuild(checkpoint.checked({"state_dict": weights, "slimming": record}, path))
-
-
-def load(path: Path, threads: int | None = None) -> Callable[[Any], Any]:
-    """Return the function that a file's network computes, in eager torch; `threads`: None leaves torch's setting."""
-    if threads:
-        torch.set_num_threads(threads)
-    model = rebuild(path).float()
-
-    def run(images: Any) -> Any:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
-
-    return run
+    return checkpoint.checked({"state_dict": weights, "slimming": record}, path)

@@ -45,10 +45,6 @@ class Timing:
         low, _, high = statistics.quantiles(self.turns_ms, n=4, method="inclusive")
         return low, high
 
-    def times_as_fast_as(self, other: "Timing") -> float:
-        """Return how many times as fast as another run of the same turns this one is: the median over the turns."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.turns_ms, other.turns_ms, strict=True))
-
 
 def time_in_turns(
     runs: dict[Key, Callable[[], object]], turns: int = 15, turn_s: float = 0.03, budget_s: float = math.inf

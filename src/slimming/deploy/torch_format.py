@@ -1,8 +1,6 @@
 """A program of torch.export (.pt2): for torch without the network's code, and for its compilers."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -32,16 +30,3 @@ def clear(program: ExportedProgram) -> None:
             node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     program._example_inputs = None  # two random images; nobody needs them
     program.module_call_graph[1:] = []
-
-
-def load(path: Path, threads: int | None = None) -> Callable[[Any], Any]:
-    """Return the function that a file computes, in eager torch on the CPU; `threads`: None leaves torch's setting."""
-    if threads:
-        torch.set_num_threads(threads)
-    module = torch.export.load(path).module()
-
-    def run(images: Any) -> Any:
-        with torch.inference_mode():
-            return module(torch.from_numpy(images)).numpy()
-
-    return run

@@ -95,6 +95,9 @@ def _wrong_numbers(result: dict) -> str:
         cost = result.get(key)
         if not isinstance(cost, dict) or not all(isinstance(cost.get(k), int) for k in ("num_params", "macs")):
             return f"incomplete: {key} needs num_params and macs"
+    sparsity, target = result["config"].get("sparsity"), result["config"].get("target_ratio")
+    if not isinstance(target if sparsity == "auto" else sparsity or 0, float | int):
+        return "incomplete: sparsity in config is of another kind"
     ratio = result.get("ratio")
     if pruned and not (isinstance(ratio, dict) and isinstance(ratio.get("got"), float | int)):
         return "incomplete: ratio needs asked and got"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimming.config import BenchConfig
-from slimming.deploy.engines import READS, Engine, Shape, cores, open_engine, torch_threads_kept
+from slimming.deploy.engines import READS, Engine, InputShape, cores, open_engine, torch_threads_kept
 from slimming.deploy.timing import core_share, machine, time_in_turns
 from slimming.errors import ConfigError
 from slimming.files import write_text
@@ -72,7 +72,7 @@ def _pairs(cfg: BenchConfig) -> list[tuple[str, str]]:
 
 def _common_shape(cfg: BenchConfig, opened: list[tuple[str, Engine]]) -> tuple[int, ...]:
     """Return the (C, H, W) that all networks take; ConfigError where they differ or do not take the batches."""
-    known: dict[str, Shape] = {path: engine.shape for path, engine in opened if engine.shape}
+    known: dict[str, InputShape] = {path: engine.shape for path, engine in opened if engine.shape}
     for path, shape in known.items():
         for batch in cfg.batch:
             if shape[0] not in (None, batch):
@@ -89,7 +89,7 @@ def _common_shape(cfg: BenchConfig, opened: list[tuple[str, Engine]]) -> tuple[i
     return shape
 
 
-def _by(shape: Shape) -> str:
+def _by(shape: InputShape) -> str:
     return "x".join(map(str, shape))
 
 

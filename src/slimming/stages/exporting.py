@@ -68,7 +68,7 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
     network = Network(source.model, tuple(source.example.shape[1:]), source.record)
     with _workshop(out) as workshop:
         shaping = write_shaped(cfg, source, network, file_format, workshop / names[0])
-        with fresh_process(cfg.format, workshop / names[0]) as artefact:
+        with fresh_process(workshop / names[0]) as artefact:
             proof = prove(artefact, source.model, _batches(cfg, data, network))
         check(proof)
         facts = _facts(cfg, source, network, proof) | {"shaping": shaping}
@@ -93,7 +93,7 @@ def _quantised(
 ) -> dict[str, Any]:
     """Put an int8 artefact in the place of a float one; return what export.json says of it."""
     found, checked_on = quantise_artefact(cfg.quantize, data, artefact)
-    with fresh_process(cfg.format, artefact) as run:
+    with fresh_process(artefact) as run:
         proof = prove(run, source.model, batches)
     print(found.describe(checked_on))
     facts = {"quantize": asdict(found) | {"to": cfg.quantize.to, "checked_on": checked_on, "relative": proof.relative}}

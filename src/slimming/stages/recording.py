@@ -1,7 +1,6 @@
 """What a run leaves beside its checkpoint: result.json, of a stage that fails as well; and what it does not say."""
 
 import contextlib
-import logging
 import os
 import platform
 import time
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from slimming.errors import RunDirectoryError, SlimmingError
 from slimming.folders import claimed
+from slimming.quiet import only_errors
 from slimming.records import Result, finished
 from slimming.stages.building import build
 from slimming.training.tracking import Tracking
@@ -112,9 +112,8 @@ def _machine() -> str:
 @contextlib.contextmanager
 def quiet():
     """Keep Lightning's notes on itself and on settings that are meant so off the screen."""
-    logs = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning", "matplotlib")]
-    levels = [log.level for log in logs]
-    with warnings.catch_warnings():
+    loggers = ("lightning.pytorch", "lightning.fabric", "lightning", "matplotlib")
+    with warnings.catch_warnings(), only_errors(*loggers):
         for message in (
             ".*does not have many workers.*",  # batches come from memory
             ".*isinstance.treespec, LeafSpec.*",
@@ -124,10 +123,4 @@ def quiet():
             ".*lr_scheduler.step.*before.*optimizer.step.*",  # GradScaler skipped the first step
         ):
             warnings.filterwarnings("ignore", message)
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.setLevel(level)
+        yield

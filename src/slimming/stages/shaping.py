@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -115,15 +115,8 @@ def _writer(
 ) -> Callable[[Any], Path]:
     """Return what writes a network into a folder of its own below `folder`."""
 
-    def numbered() -> Iterator[Path]:
-        for number in range(10**6):
-            (folder / str(number)).mkdir()
-            yield folder / str(number) / name
-
-    paths = numbered()
-
     def write(model: Any) -> Path:
-        path = next(paths)
+        path = Path(tempfile.mkdtemp(dir=folder)) / name
         file_format.write(replace(network, model=model), path)
         return path
 

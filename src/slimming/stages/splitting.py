@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimming.channels.low_rank import Splitting, split_to
+from slimming.channels.low_rank import Splitting, low_rank
 from slimming.config import ExportConfig
 from slimming.deploy.capturing import plain_copy
 from slimming.deploy.proving import prove
@@ -26,7 +26,7 @@ def split(model: nn.Module, share: float, record: Record, example: Tensor, path:
     """
     if record.low_rank:
         raise ConfigError(f"low_rank: the layers of {path} are split already; go without low_rank")
-    found = split_to(model, example.to(dtype_of(model)), share)
+    found = low_rank(model, example.to(dtype_of(model)), share)
     if rank_zero():
         print(f"low rank: {len(found.splits)} layers split; {found.share:.1%} of the MACs of all that can be remain")
     return found

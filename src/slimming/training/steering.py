@@ -13,9 +13,8 @@ from slimming.errors import check_number
 ARRIVAL = 1 / 6  # the quantile is to be at zero after this share of the shrinkage that is left, at every look anew
 LOOKS = 40  # at the gammas in a run, at least; one an epoch where there are more epochs
 CHANGE = 2.0  # factor by which lambda changes between two looks, at most
-STRONGEST = (
-    4.0  # lambda at most: what moves a gamma by so many times the first quantile in one epoch of the largest rate
-)
+STRONGEST = 4.0  # the largest lambda moves a gamma by so many times the first quantile in an epoch of the largest rate
+WEAKEST = 1e-3  # of the largest lambda: from there it can be back within ten looks
 
 
 class Steering(pl.Callback):
@@ -30,8 +29,8 @@ class Steering(pl.Callback):
 
     which adds what was missing to the speed that is needed; the first lambda is q / S. The arrival is a sixth of the way that
     is left, at every look anew, so that q falls fast at first, and lambda has time to be corrected. Where the share is
-    reached, lambda is halved: gammas at zero stay there without a penalty, others would follow them with it. Only weights go
-    in, which are equal on all ranks, so all ranks set the same lambda.
+    reached, lambda is halved: gammas at zero mostly stay there without a penalty, others would follow them with it. Only
+    weights go in, which are equal on all ranks, so all ranks set the same lambda.
 
     Args:
         penalty: whose `sparsity` is set.
@@ -77,9 +76,13 @@ class Steering(pl.Callback):
         """Set lambda for the stretch that begins at an optimizer step."""
         gammas = self.penalty.flat()
         quantile = float(torch.quantile(gammas, self.target))
-        strongest = self.last["strongest"] if self.last else STRONGEST * quantile / self.epoch_reach
-        self.penalty.sparsity = min(self._next(step, quantile, near_zero_share(gammas)), strongest)
+        strongest = self.last["strongest"] if self.last else self._strongest(quantile)
+        wanted = self._next(step, quantile, near_zero_share(gammas))
+        self.penalty.sparsity = min(max(wanted, WEAKEST * strongest), strongest)
         self.last = {"step": step, "sparsity": self.penalty.sparsity, "quantile": quantile, "strongest": strongest}
+
+    def _strongest(self, quantile: float) -> float:
+        return STRONGEST * quantile / self.epoch_reach if self.epoch_reach else 0.0
 
     def _next(self, step: int, quantile: float, share: float) -> float:
         left = sum(s for start, s in self.stretches.items() if start >= step)
