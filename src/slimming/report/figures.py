@@ -66,9 +66,13 @@ def gammas(counts: list[list[int]], edges: list[float], path: Path, penalty: str
     colours = PowerNorm(0.4, 0, 100)  # a bin with 1% must be seen beside one with 100%
     between = np.arange(len(columns) + 1) - 0.5
     mesh = axes.pcolormesh(between, bins.shown_edges, share[bins.shown], cmap="Greys", norm=colours)
+    ends: dict[float, list[str]] = {}  # lines that end together have one label
     for q, line in _quantiles(share / 100, bins.edges).items():
         axes.plot(columns, line, color=MIDDLE, linewidth=1.5 if q == 50 else 0.8)
-        axes.annotate(f"{q}%", (columns[-1], line[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        ends.setdefault(float(line[-1]), []).append(f"{q}%")
+    for end, names in ends.items():
+        label = ", ".join(names)
+        axes.annotate(label, (columns[-1], end), (4, 0), textcoords="offset points", va="center", fontsize=8)
     bins.label(axes.yaxis)
     axes.set(xlabel="epoch (0: before training)", ylabel="|gamma|", xlim=(-0.5, 1.07 * len(columns) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
