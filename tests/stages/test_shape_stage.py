@@ -78,7 +78,7 @@ def timings(monkeypatch):
 def test_the_fastest_shape_is_exported_proven_and_recorded(pruned, tmp_path, timings, capsys):
     facts = export(pruned, tmp_path, RANDOM, "latency_batch=3")
     found, out = facts["shaping"], capsys.readouterr().out
-    assert found["shape"] == {"block": 8, "selections": "full", "otherwise": []}
+    assert found["shape"] == {"block": 8, "selections": "full"}
     assert (found["engine"], found["batch"], found["threads"], found["beats_dense"]) == ("onnxruntime", 3, 1, True)
     assert timings[1].keys() == {DENSE, Shape(), WIDE}
     assert set(timings[1].values()) == {(3, 5)}

@@ -28,12 +28,10 @@ class Shape:
     Attributes:
         block: convolutions read and write multiples of it.
         selections: what a selecting BatchNorm does: `select` as it is, or read the `full` tensor.
-        otherwise: names of selecting BatchNorms that do the other.
     """
 
     block: int = 1
     selections: str = "select"
-    otherwise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_number("shape.block", self.block, 1, LARGEST_BLOCK, whole=True)
@@ -42,16 +40,11 @@ class Shape:
     @property
     def label(self) -> str:
         """Name the shape in tables: `block 8, full`."""
-        extra = f", {len(self.otherwise)} otherwise" if self.otherwise else ""
-        return f"block {self.block}, {self.selections}{extra}"
-
-    def full(self, names: Sequence[str]) -> list[str]:
-        """Return which of the selecting BatchNorms read the full tensor."""
-        return [name for name in names if (self.selections == "full") != (name in self.otherwise)]
+        return f"block {self.block}, {self.selections}"
 
     def record(self) -> dict[str, Any]:
         """Return plain data, which `replayed` reads; with the checkpoint and the versions it determines the file."""
-        return {"block": self.block, "selections": self.selections, "otherwise": list(self.otherwise)}
+        return {"block": self.block, "selections": self.selections}
 
 
 AS_PRUNED = Shape()
@@ -71,13 +64,13 @@ def shaped(thin: nn.Module, example: Any, shapes: Sequence[Shape]) -> Shaped:
         thin: a pruned network, or any other; it is not changed.
         example: an input with a batch of 2 or more.
     """
-    graph, names = trace(thin, example), selecting(thin)
+    graph, names = trace(thin, example), {"select": [], "full": selecting(thin)}
     made: dict[Shape, nn.Module] = {}
     seen: list[Any] = []
     refused: dict[Shape, str] = {}
     for shape in shapes:
         try:
-            found = thin if shape == AS_PRUNED else embed(graph, shape.block, shape.full(names))
+            found = thin if shape == AS_PRUNED else embed(graph, shape.block, names[shape.selections])
         except PlanError as error:
             refused[shape] = str(error)
             continue
@@ -160,7 +153,7 @@ def choose(
     own = {shape: float(times[shape]) for shape in candidates}
     limit = min(own.values()) * (1 + margin)
     fast = [shape for shape, ms in own.items() if ms <= limit]
-    best = min(fast, key=lambda shape: (shape.selections == "full", shape.block, len(shape.otherwise)))
+    best = min(fast, key=lambda shape: (shape.selections == "full", shape.block))
     return Decision(best, own, None if dense is None else float(times[DENSE]))
 
 
@@ -171,17 +164,6 @@ def replayed(record: Any, path: Any) -> Shape:
         CheckpointError: it is none.
     """
     try:
-        names = record["otherwise"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("otherwise must be a list of names")
-        return Shape(record["block"], record["selections"], tuple(names))
+        return Shape(record["block"], record["selections"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its shape cannot be read ({type(error).__name__}: {error})") from error
-
-
-def check_replay(thin: nn.Module, shape: Shape, path: Any) -> None:
-    """Raise CheckpointError unless a recorded shape is for this network."""
-    if odd := set(shape.otherwise) - set(selecting(thin)):
-        raise CheckpointError(
-            f"{path} records a shape for another network: {min(odd)} is no selecting BatchNorm of this one"
-        )

@@ -20,7 +20,6 @@ from slimming.deploy.shaping import (
     Decision,
     Shape,
     Shaped,
-    check_replay,
     choose,
     replayed,
     shaped,
@@ -152,7 +151,6 @@ def _quantised(cfg: ExportConfig, path: Path, images: np.ndarray) -> Path:
 
 def _replay(cfg: ExportConfig, network: Network, file_format: ModuleType, path: Path) -> Facts | None:
     shape = _recorded(cfg.shape_from)
-    check_replay(network.model, shape, cfg.shape_from)
     made, refused = shaped(network.model, network.example.to(dtype_of(network.model)), [shape])
     if refused:
         raise PlanError(f"shape_from={cfg.shape_from}: {shape.label} is not possible here: {refused[shape]}")
