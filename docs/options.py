@@ -24,8 +24,8 @@ STAGES = {
     "train": "Beside them: the groups model, data, optimizer, scheduler, penalty, trainer, logger, and "
     "`experiment=<file>`, which sets several values at once.",
     "prune": "Beside them: the groups model, data, trainer (default: one_device) and logger. Values of model and data that are "
-    "not given are those of the checkpoint. Give exactly one criterion: `ratio`, `budget.macs`, `budget.params`, `threshold` "
-    "or `criterion=optimal`.",
+    "not given are those of the checkpoint. Give exactly one criterion: `ratio`, `budget.macs`, `budget.params`, "
+    "`budget.latency` (with `runtime`), `threshold` or `criterion=optimal`.",
     "finetune": "Beside them: all groups of train.py. Every value of a group that is not given is that of the checkpoint's "
     "training.",
     "slim": "slim.py takes all options and groups of train.py and the options of prune.py as well; these are new or different:",

@@ -39,6 +39,10 @@ class ExportError(SlimmingError):
     """A network cannot be written in a format, or what was written does not compute what the network computes."""
 
 
+class LatencyError(SlimmingError):
+    """A latency cannot be measured here, or a table of latencies is of another machine or network."""
+
+
 def check_number(
     key: str,
     value,

@@ -147,7 +147,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def what_matters(config: dict) -> dict[str, Any]:
     """Flatten a configuration to dotted keys: those that can change the result and are neither None nor implied."""
-    return {key: value for key, value in _flat(config, "").items() if value not in (None, IMPLIED.get(key))}
+    flat = _flat(config, "")
+    if flat.get("budget.latency") is not None:  # only a budget of latency depends on how it is timed
+        flat["latency_batch"] = config.get("latency_batch")
+    return {key: value for key, value in flat.items() if value not in (None, IMPLIED.get(key))}
 
 
 def config_differences(before: dict, now: dict) -> str:

@@ -26,7 +26,7 @@ CALIBRATION_BATCHES = 100  # where there is no repair, after which calibration t
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 QUANTISABLE = ("onnx", "openvino")  # formats
 ENGINES = ("torch", "compile", "onnxruntime", "openvino")  # of bench.py
-NEEDS |= {"budget": ("budget.macs", "budget.params")}  # one of them
+NEEDS |= {"budget": ("budget.macs", "budget.params", "budget.latency")}  # one of them
 
 
 def check(cfg: DictConfig) -> Any:
@@ -71,7 +71,7 @@ def without_missing(cfg: DictConfig) -> DictConfig:
 def _given(config: PruneOptions) -> dict[str, Any]:
     """Return the values that decide the criterion, by key: those that are given."""
     values = {"ratio": config.ratio, "threshold": config.threshold}
-    values |= {"budget.macs": config.budget.macs, "budget.params": config.budget.params}
+    values |= {f"budget.{key}": value for key, value in vars(config.budget).items()}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -90,7 +90,8 @@ def criterion_name(config: PruneOptions) -> str:
     got = [f"criterion={config.criterion}"] * bool(config.criterion) + [f"{key}={values[key]}" for key in given]
     raise ConfigError(
         "give exactly one criterion: ratio=0.7 (of all channels; with criterion=per_layer of each layer's), "
-        "budget.macs=0.5 or budget.params=0.5 (the share that may remain), threshold=1e-3, or criterion=optimal; "
+        "budget.macs=0.5, budget.params=0.5 or budget.latency=0.5 (the share that may remain), threshold=1e-3, or "
+        "criterion=optimal; "
         f"got {' and '.join(got) or 'none'}"
     )
 
@@ -142,6 +143,30 @@ def _check_train(config: TrainConfig) -> None:
 def _check_pruning(config: PruneOptions) -> None:
     if config.convention != "exact" and (config.ratio is None or config.criterion not in (None, "global")):
         raise ConfigError(f"convention={config.convention} is for a global ratio only")
+    _check_latency(config)
+
+
+def _check_latency(config: PruneOptions) -> None:
+    share = config.budget.latency
+    if share is None:
+        for key in ("runtime", "latency_threads"):
+            if (value := getattr(config, key)) is not None:
+                raise ConfigError(
+                    f"{key}={value} is for budget.latency: give budget.latency=0.5 beside it, or leave it out"
+                )
+        return
+    if config.runtime is None:
+        raise ConfigError(
+            f"budget.latency={share:g} needs runtime=onnx (or torch, openvino) beside it: the engine that is to be so fast"
+        )
+    if not config.latency_batch:
+        raise ConfigError(
+            f"budget.latency={share:g} needs latency_batch >= 1, the images of a pass, got latency_batch=0"
+        )
+    if config.per != "channel":
+        raise ConfigError(
+            f"per={config.per} and budget.latency exclude each other: scores are compared by the milliseconds that they cost"
+        )
 
 
 def _check_prune(config: PruneConfig) -> None:

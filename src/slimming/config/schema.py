@@ -61,11 +61,20 @@ class TrainConfig(TrainOptions):
 
 @dataclass
 class BudgetConfig:
-    """What may remain; one of the two."""
+    """What may remain; one of the three."""
 
     macs: float | None = option(None, "share of the dense network's MACs that may remain", low=0, high=1, above=True)
     params: float | None = option(
         None, "share of the dense network's parameters that may remain", low=0, high=1, above=True
+    )
+    latency: float | None = option(
+        None,
+        "share of the dense network's latency that may remain in `runtime` on this machine, at latency_batch and "
+        "latency_threads; measured, and met within 8%",
+        low=0,
+        high=1,
+        above=True,
+        below=True,
     )
 
 
@@ -128,6 +137,14 @@ class PruneOptions(PlanOptions):
     test: bool = option(True, "measure the accuracy before pruning, before calibration and after it")
     latency_batch: int = option(
         64, "images per forward pass when both networks are timed; 0: not timed", low=0, whole=True
+    )
+    runtime: str | None = option(
+        None,
+        "of budget.latency: the engine on this machine's CPU. torch: eager, float32; onnx: onnxruntime; openvino",
+        choices=("torch", "onnx", "openvino"),
+    )
+    latency_threads: int | None = option(
+        None, "of budget.latency: threads of a pass, at most the cores there are; null: 1", low=1, whole=True
     )
 
 

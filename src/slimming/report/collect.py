@@ -12,7 +12,7 @@ from slimming.report.runs import Run
 
 NEEDED = {"role": str, "model": str, "metrics": dict, "cost": dict, "config": dict}
 OPTIONAL = {"seed": int, "data": str, "parent": str, "n_test": int, "history": list, "plan": dict, "criterion": dict}
-OPTIONAL |= {"gammas": dict, "latency_ms": dict}
+OPTIONAL |= {"gammas": dict, "latency_ms": dict, "latency": dict}
 
 
 @dataclass
@@ -118,6 +118,11 @@ def _wrong_series(result: dict) -> str:
         return "incomplete: history is of another kind"
     if latency and not (_numbers([latency.get(k) for k in ("before", "after")]) and latency["before"] > 0):
         return "incomplete: latency_ms is of another kind"
+    budget = result.get("latency")
+    if budget and not (
+        _numbers([budget.get(k) for k in ("asked", "delivered")]) and isinstance(budget.get("engine"), str)
+    ):
+        return "incomplete: latency is of another kind"
     for key in ("widths", "widths_before"):
         widths = result.get(key)
         if widths is not None and not (isinstance(widths, list) and _numbers([w for w in widths if w != "M"])):

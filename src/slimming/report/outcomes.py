@@ -89,7 +89,10 @@ def options(run: Run) -> list[str]:
         return []
     config, criterion = run.prunings[-1].result["config"], run.prunings[-1].result.get("criterion") or {}
     words = []
-    if (kind := criterion.get("criterion", "GlobalRatio")) != "GlobalRatio":
+    kind = criterion.get("criterion", "GlobalRatio")
+    if kind == "Latency":
+        words.append(f"latency {criterion.get('latency')} in {criterion.get('runtime')}")
+    elif kind != "GlobalRatio":
         values = {k: v for k, v in criterion.items() if k not in ("criterion", "ratio") and not isinstance(v, str)}
         words.append(" ".join([kind, *(f"{k} {v:g}" for k, v in values.items())]))
     defaults = asdict(PlanOptions()) | {"convention": "exact"}

@@ -137,7 +137,7 @@ def _unregistered_model(cfg: SlimConfig) -> dict:
 
 def _name(cfg: SlimConfig, ratio: float | None) -> str:
     """Name a pruning's folder: `ratio-0.7`, `macs-0.5`, `optimal`."""
-    parts = [("ratio", ratio), ("threshold", cfg.threshold), ("macs", cfg.budget.macs), ("params", cfg.budget.params)]
+    parts = [("ratio", ratio), ("threshold", cfg.threshold), *vars(cfg.budget).items()]
     return "".join(tag(*part) for part in parts)[1:] or str(cfg.criterion)
 
 

@@ -14,6 +14,7 @@ from slimming.channels import criteria, surgery
 from slimming.channels.calibrate import calibrate
 from slimming.channels.cost import Cost, widths
 from slimming.channels.graph import ChannelGraph
+from slimming.channels.latency import Latency
 from slimming.channels.options import MEASURED, PlanOptions
 from slimming.channels.plan import PruningPlan
 from slimming.channels.trace import trace
@@ -24,6 +25,9 @@ from slimming.files import write_text
 from slimming.records import Result
 from slimming.report import figures
 from slimming.stages.building import build, data_label, dtype_of, try_model
+from slimming.stages.latency_budget import check as check_latency
+from slimming.stages.latency_budget import latency_budget
+from slimming.stages.latency_budget import text as latency_text
 from slimming.stages.measuring import accuracies, latencies, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
@@ -70,7 +74,10 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
     dense_costs = try_model(source.model, source.example)
     graph = trace(source.model, source.example)
-    plan = _planned(cfg, graph, criterion, data, trainer)
+    with latency_budget(cfg, source, graph) as budget:
+        plan = _planned(cfg, graph, budget.criterion if budget else criterion, data, trainer)
+        if budget:
+            result.details["latency"] = budget.facts(plan)
     thin = surgery.prune(source.model, plan)
     result.model, result.data = source.label, data_label(source.training["data"])
     _describe(result, cfg, graph, plan, thin, (dense_costs, try_model(thin, source.example)))
@@ -78,6 +85,8 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
     if cfg.test or cfg.calibrate.batches or cfg.repair:
         warn_of_emulation(print, trainer)
     print(table(result, plan))
+    if "latency" in result.details:
+        print(latency_text(result.details["latency"]))
     if data is not None:
         thin = _tested_and_corrected(cfg, source, thin, plan, data, trainer, result)
     if cfg.latency_batch:
@@ -104,10 +113,17 @@ def _data_need(cfg: PruneConfig) -> DataNeed | None:
 
 
 def _planned(
-    cfg: PruneConfig, graph: ChannelGraph, criterion: criteria.Criterion, data: ImageData | None, trainer: pl.Trainer
+    cfg: PruneConfig,
+    graph: ChannelGraph,
+    criterion: criteria.Criterion | None,
+    data: ImageData | None,
+    trainer: pl.Trainer,
 ) -> PruningPlan:
     """Make the plan; a score that is measured is measured on the trainer's device."""
+    assert criterion is not None
     options = {f.name: getattr(cfg, f.name) for f in fields(PlanOptions)}
+    if isinstance(criterion, Latency):
+        options["round_to"] = criterion.step
     device = trainer.strategy.root_device
     batches = scoring_batches(cfg.score, data, device, dtype_of(graph.model))
     if batches:
@@ -117,8 +133,15 @@ def _planned(
     return plan
 
 
-def make_criterion(cfg: PruneConfig) -> criteria.Criterion:
-    """Build the criterion that the values ask for; ConfigError for a value out of range."""
+def make_criterion(cfg: PruneConfig) -> criteria.Criterion | None:
+    """Build the criterion that the values ask for, None for a latency, whose table is needed first.
+
+    Raises:
+        ConfigError: a value out of range, or a runtime that is not installed.
+    """
+    if cfg.budget.latency is not None:
+        check_latency(cfg)
+        return None
     return {
         "global": lambda: criteria.GlobalRatio(cfg.ratio, cfg.convention),
         "per_layer": lambda: criteria.PerLayerRatio(cfg.ratio),

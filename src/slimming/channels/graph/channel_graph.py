@@ -15,6 +15,7 @@ from slimming.channels.graph.liveness import Solution
 from slimming.channels.graph.remaining import count_cost, count_other_params
 from slimming.channels.graph.scores import Given, score_gammas
 from slimming.channels.graph.structure import Structure
+from slimming.channels.latency import Latency
 from slimming.channels.options import PlanOptions
 from slimming.channels.penalty import other_norms
 from slimming.channels.plan import PruningPlan, describe_network, fingerprint
@@ -107,6 +108,12 @@ class ChannelGraph(Structure):
         settling = Settling(self, values, choice, chosen)
         if isinstance(criterion, Budget):
             removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
+        elif isinstance(criterion, Latency):
+
+            def plan_of(removed: Tensor) -> PruningPlan:
+                return self._write_plan(settling.outcome(removed), choice, removed, criterion.describe())
+
+            removed = criterion.search(choice, settling, plan_of)
         else:
             removed = criterion.choose(choice)
         asked = criterion.describe() | {"score": name} | {"per": chosen.per}

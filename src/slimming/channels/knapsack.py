@@ -1,0 +1,301 @@
+"""Which channels to remove so that a table of the layers' times says a network takes so long: the most score for the time.
+
+A column holds the units that live in the same BatchNorms. Its weakest units go first, down to multiples of `step` channels, as
+engines compute in blocks. Of all columns, the one that loses the least score for the time that it saves goes next. Several
+steps ahead are looked at: where a layer gets faster with every 16 channels, 8 buy nothing and 16 do.
+
+Source: Shen et al., Structural Pruning via Latency-Saliency Knapsack (HALP), NeurIPS 2022, arXiv:2210.06659: a table of
+latencies over widths, and a knapsack of groups of channels. It is solved here by the best ratio, one move after the other: the
+times of neighbouring layers depend on each other, and a smaller budget takes what a larger one takes, and more.
+"""
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimming.channels.criteria import Choice
+
+if TYPE_CHECKING:
+    from slimming.channels.graph.deciding import Settling
+    from slimming.channels.graph.liveness import Solution
+    from slimming.channels.graph.structure import Structure
+
+BLOCK = 16  # channels that engines compute at once, at most; `LayerTimes` has a factor for what is no multiple
+AHEAD = 8  # steps that are looked at
+NEAR = 0.01  # a share of the dense time: a choice that is farther from what is asked is refined by single steps
+
+Widths = tuple[float, float]  # (inputs, outputs) of a layer
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds that a layer takes over its widths, from a few that were measured.
+
+    Attributes:
+        ins, outs: widths that were measured, ascending; a single one: the time does not depend on it.
+        ms: for each of `ins` a row over `outs`.
+        odd: how many times as long it takes where the inputs, and where the outputs, are no multiple of BLOCK.
+    """
+
+    ins: Sequence[int]
+    outs: Sequence[int]
+    ms: Sequence[Sequence[float]]
+    odd: tuple[float, float] = (1.0, 1.0)
+
+    def __call__(self, ins: float, outs: float) -> float:
+        """Return the milliseconds at any widths: linear in each between the measured ones, and beyond."""
+        (i, a), (o, b) = _place(self.ins, ins), _place(self.outs, outs)
+        upper = self.ms[i]
+        lower = self.ms[min(i + 1, len(self.ms) - 1)]
+        j = min(o + 1, len(upper) - 1)
+        found = (1 - a) * ((1 - b) * upper[o] + b * upper[j]) + a * ((1 - b) * lower[o] + b * lower[j])
+        for width, axis, factor in ((ins, self.ins, self.odd[0]), (outs, self.outs, self.odd[1])):
+            if width % BLOCK and width < axis[-1]:
+                found *= factor
+        return max(found, 0.0)
+
+
+def _place(axis: Sequence[int], width: float) -> tuple[int, float]:
+    """Return after which entry of the axis a width lies, and how far on the way to the next."""
+    if len(axis) == 1:
+        return 0, 0.0
+    i = min(max(bisect.bisect_right(axis, width) - 1, 0), len(axis) - 2)
+    return i, (width - axis[i]) / (axis[i + 1] - axis[i])
+
+
+@dataclass
+class Column:
+    """Units that live in the same BatchNorms.
+
+    Attributes:
+        units: weakest first.
+        losses: what the removal of the first so many of them loses, one more entry than units.
+        levels: how many may go, ascending, the first 0.
+        rates: step -> (inputs, outputs) that it loses with each of them.
+        level: where it stands in `levels`.
+    """
+
+    units: Tensor
+    losses: list[float]
+    levels: list[int]
+    rates: dict[int, Widths]
+    level: int = 0
+
+    @property
+    def gone(self) -> int:
+        return self.levels[self.level]
+
+
+class Move(NamedTuple):
+    """A column's step to a level: what it loses for each millisecond, and the milliseconds that it saves."""
+
+    price: float
+    saved: float
+    level: int
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What goes for some time: (U,) bool, and the share of the dense network's time that the table says remains."""
+
+    removed: Tensor
+    share: float
+
+
+@dataclass
+class _State:
+    columns: list[int]  # the level of each
+    widths: list[Widths]  # of each step
+    total: float
+    moves: dict[int, Move | None] = field(default_factory=dict)  # the best of each column, where known
+
+
+class Knapsack:
+    """The choices for all times, from the whole network down to the least that the constraints allow.
+
+    Args:
+        choice: the units and their scores; what a unit is worth is the square of its score, once for each of its gammas.
+        settling: says what stays when units go.
+        times: by the name of a layer; the others take no time.
+        step: widths of columns are multiples of it.
+    """
+
+    def __init__(self, choice: Choice, settling: "Settling", times: Mapping[str, LayerTimes], step: int) -> None:
+        self.graph = settling.graph
+        self.count = len(choice.score)
+        evaluated = self.graph.steps[: self.graph.recording.evaluated[0]]  # the others are those of train mode
+        steps = [(number, times.get(s.use.name)) for number, s in enumerate(evaluated)]
+        self.times = {number: found for number, found in steps if found is not None}
+        nothing = torch.zeros(self.count, dtype=torch.bool)
+        dense = _widths(self.graph, settling.outcome(nothing))
+        self.columns = _columns(choice, settling, dense, set(self.times), step)
+        self.sharing: dict[int, set[int]] = {}  # step -> columns that change it
+        for number, column in enumerate(self.columns):
+            for touched in column.rates:
+                self.sharing.setdefault(touched, set()).add(number)
+        self.dense_ms = sum(table(*dense[number]) for number, table in self.times.items())
+        self.state = _State([0] * len(self.columns), dense, self.dense_ms)
+        self.path: list[tuple[int, int, float]] = [(-1, 0, self.dense_ms)]  # (column, level, total) after every move
+        self.dense = dense
+        self.exhausted = False
+
+    def pick(self, share: float) -> Picked:
+        """Return the choice whose time by the table is nearest to a share of the dense network's."""
+        aim = share * self.dense_ms
+        while not self.exhausted and self.path[-1][2] > aim:
+            self._extend()
+        after = next((n for n, (*_, total) in enumerate(self.path) if total <= aim), len(self.path) - 1)
+        before = max(after - 1, 0)
+        best = min((before, after), key=lambda n: abs(self.path[n][2] - aim))
+        levels, total = self._levels(best), self.path[best][2]
+        if abs(total - aim) > NEAR * self.dense_ms:
+            levels, total = self._refined(before, aim, (levels, total))
+        removed = torch.zeros(self.count, dtype=torch.bool)
+        for column, level in zip(self.columns, levels, strict=True):
+            removed[column.units[: column.levels[level]]] = True
+        return Picked(removed, total / self.dense_ms)
+
+    @property
+    def least(self) -> Picked:
+        """The choice in which everything goes that may."""
+        return self.pick(0.0)
+
+    # --- the path of the best ratios ---
+
+    def _extend(self) -> None:
+        """Make the best move of all columns."""
+        state = self.state
+        for number in range(len(self.columns)):
+            if number not in state.moves:
+                state.moves[number] = self._best_move(state, number)
+        found = [(move, number) for number, move in state.moves.items() if move is not None]
+        if not found:
+            self.exhausted = True
+            return
+        move, number = min(found, key=lambda pair: (pair[0].price, -pair[0].saved, pair[1]))
+        self._make(state, number, move.level)
+        self.path.append((number, move.level, state.total))
+
+    def _best_move(self, state: _State, number: int) -> Move | None:
+        """Return the step of a column, one or several levels, that loses least for the time saved; None if none saves."""
+        column, level = self.columns[number], state.columns[number]
+        moves = [
+            Move((column.losses[column.levels[to]] - column.losses[column.levels[level]]) / saved, saved, to)
+            for to in range(level + 1, min(level + AHEAD, len(column.levels) - 1) + 1)
+            if (saved := self._saved(state, number, to)) > 1e-12
+        ]
+        return min(moves, key=lambda move: (move.price, -move.saved), default=None)
+
+    def _saved(self, state: _State, number: int, to: int) -> float:
+        """Return the milliseconds that a column saves at another level."""
+        column = self.columns[number]
+        more = column.levels[to] - column.levels[state.columns[number]]
+        saved = 0.0
+        for touched, (ins, outs) in column.rates.items():
+            now, table = state.widths[touched], self.times[touched]
+            saved += table(*now) - table(*_less(now, ins * more, outs * more))
+        return saved
+
+    def _make(self, state: _State, number: int, to: int) -> None:
+        column = self.columns[number]
+        more = column.levels[to] - column.levels[state.columns[number]]
+        state.total -= self._saved(state, number, to)
+        state.columns[number] = to
+        for touched, (ins, outs) in column.rates.items():
+            state.widths[touched] = _less(state.widths[touched], ins * more, outs * more)
+            for other in self.sharing[touched]:
+                state.moves.pop(other, None)
+
+    def _levels(self, upto: int) -> list[int]:
+        levels = [0] * len(self.columns)
+        for number, level, _ in self.path[1 : upto + 1]:
+            levels[number] = level
+        return levels
+
+    def _refined(self, before: int, aim: float, best: tuple[list[int], float]) -> tuple[list[int], float]:
+        """Return the levels nearest to a time that any single column reaches from a point of the path."""
+        levels = self._levels(before)
+        state = _State([0] * len(levels), list(self.dense), self.dense_ms)
+        for number, level in enumerate(levels):
+            self._make(state, number, level)
+        for number, column in enumerate(self.columns):
+            for to in range(levels[number] + 1, len(column.levels)):
+                total = state.total - self._saved(state, number, to)
+                if abs(total - aim) < abs(best[1] - aim) - 1e-12:
+                    best = [*levels[:number], to, *levels[number + 1 :]], total
+        return best
+
+
+def _less(widths: Widths, ins: float, outs: float) -> Widths:
+    return round(max(widths[0] - ins, 0.0), 6), round(max(widths[1] - outs, 0.0), 6)
+
+
+def _widths(graph: "Structure", solution: "Solution") -> list[Widths]:
+    """Return (inputs, outputs) of every step; of a BatchNorm the channels that it keeps, twice."""
+    gammas = graph.count_gammas(solution.kept)
+    found: list[Widths] = []
+    for step, sides in zip(graph.steps, graph.count_sides(solution.live), strict=True):
+        kept = gammas.get(step.use.name)
+        found.append(sides if kept is None else (kept, kept))
+    return found
+
+
+def _columns(choice: Choice, settling: "Settling", dense: list[Widths], timed: set[int], step: int) -> list[Column]:
+    """Gather units into columns, those that can go; each removed by itself shows what its units take with them."""
+    pairs = torch.stack((choice.unit, choice.layer)).unique(dim=1).T.tolist()
+    norms = {unit: tuple(n for _, n in group) for unit, group in itertools.groupby(pairs, lambda pair: pair[0])}
+    members: dict[tuple[int, ...], list[int]] = {}
+    for unit, signature in sorted(norms.items()):
+        members.setdefault(signature, []).append(unit)
+    worth = choice.score.square() * choice.size
+    columns = []
+    for units in members.values():
+        order = torch.tensor(units)
+        order = order[choice.score[order].argsort(stable=True)]
+        removed = torch.zeros(len(choice.score), dtype=torch.bool)
+        removed[order] = True
+        solution = settling.outcome(removed)
+        stays = removed.new_zeros(len(removed))
+        stays[choice.unit[solution.kept[choice.gammas]]] = True
+        gone = int((removed & ~stays).sum())
+        if gone:
+            rates = _rates(dense, _widths(settling.graph, solution), gone, timed)
+            losses = [0.0, *worth[order].cumsum(0).tolist()]
+            columns.append(Column(order, losses, _levels(len(units), gone, step), rates))
+    return [column for column in columns if len(column.levels) > 1]
+
+
+def _rates(dense: list[Widths], thin: list[Widths], gone: int, timed: set[int]) -> dict[int, Widths]:
+    lost = {n: ((dense[n][0] - thin[n][0]) / gone, (dense[n][1] - thin[n][1]) / gone) for n in timed}
+    return {n: widths for n, widths in sorted(lost.items()) if any(widths)}
+
+
+def _levels(size: int, gone: int, step: int) -> list[int]:
+    """Return how many of `size` units may go, at most `gone`, so that a multiple of `step` stays."""
+    return [0, *(size - kept for kept in range((size - 1) // step * step, 0, -step) if size - kept <= gone)]
+
+
+def record(times: Mapping[str, LayerTimes]) -> dict[str, Any]:
+    """Return tables as plain data; layers that share one name it once."""
+    tables = list({id(table): table for table in times.values()}.values())
+    number = {id(table): n for n, table in enumerate(tables)}
+    plain = [{"ins": [*t.ins], "outs": [*t.outs], "ms": [[*row] for row in t.ms], "odd": [*t.odd]} for t in tables]
+    return {"layers": {name: number[id(table)] for name, table in times.items()}, "tables": plain}
+
+
+def read(data: Mapping[str, Any]) -> dict[str, LayerTimes]:
+    """Return the tables of `record`; ValueError, TypeError or KeyError where the data are of another kind."""
+    tables = []
+    for entry in data["tables"]:
+        table = LayerTimes(entry["ins"], entry["outs"], entry["ms"], tuple(entry["odd"]))
+        ascending = all(len(a) and sorted(set(a)) == list(a) for a in (table.ins, table.outs))
+        if not ascending or [len(row) for row in table.ms] != [len(table.outs)] * len(table.ins) or len(table.odd) != 2:
+            raise ValueError("a layer's widths do not fit its times")
+        table(1, 1)
+        tables.append(table)
+    return {name: tables[number] for name, number in data["layers"].items()}
