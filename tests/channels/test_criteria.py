@@ -93,7 +93,7 @@ def test_per_layer_threshold_and_optimal():
 
 
 @pytest.mark.parametrize("key", ["macs", "params"])
-@pytest.mark.parametrize("ties", ["together", "apart"])
+@pytest.mark.parametrize("ties", ["together", "apart", "aligned"])
 def test_a_budget_gives_the_largest_network_within_it(key, ties):
     model = randomise(models.preresnet(20, width=0.5))
     example = IMAGE.double()
@@ -141,11 +141,11 @@ def test_scores():
     assert kept(model, slimming.GlobalRatio(0.1), score="weight_l1")[0] == [[0, 2, 3], [0, 1, 2, 3, 4, 5]]
 
 
-def test_the_score_of_a_class_is_the_largest_or_the_mean():
+def test_the_score_of_a_class_is_the_largest_the_mean_or_the_sum():
     model = randomise(models.torchvision("resnet18"))
     graph = slimming.trace(model, IMAGE.double())
-    keeps = [graph.plan(slimming.GlobalRatio(0.5), reduce=r).keep for r in ("max", "mean")]
-    assert keeps[0] != keeps[1]
+    keeps = [graph.plan(slimming.GlobalRatio(0.5), reduce=r).keep for r in ("max", "mean", "sum")]
+    assert keeps[0] != keeps[1] != keeps[2] != keeps[0]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def assert_same(a, b, example):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ties", ["together", "apart"])
+@pytest.mark.parametrize("ties", ["together", "apart", "aligned"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_widens_exactly(name, ties):
     example = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_a_wrong_place_is_refused(monkeypatch):
 def test_random_networks_widen_exactly(steps, flat, ratio, block):
     model = randomise(Net(steps, flat, seed=0))
     example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    for ties in ("together", "apart"):
+    for ties in ("together", "apart", "aligned"):
         try:
             thin = thinned(model, example, ties, ratio)
         except GraphError:

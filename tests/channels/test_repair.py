@@ -141,7 +141,7 @@ def error(model, dense, images) -> float:
         return float((model.eval()(images) - dense.eval()(images)).square().mean())
 
 
-@pytest.mark.parametrize("ties", ["together", "apart"])
+@pytest.mark.parametrize("ties", ["together", "apart", "aligned"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_repaired_network_is_nearer_to_the_dense_one(name, ties):
     images = draw(24, 3, 32, 32)

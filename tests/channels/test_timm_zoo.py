@@ -66,7 +66,7 @@ def test_pruned_equals_masked_and_nothing_is_refused(name):
     graph = slimming.trace(model, example)
     shares = graph.shares()
     assert shares["apart"] == 1 and shares["together"] >= 1 - LEFT.get(name, 0)
-    for ties in ("together", "apart"):
+    for ties in ("together", "apart", *["aligned"] * bool(shares["aligned"])):
         plan = graph.plan(slimming.GlobalRatio(0.5), ties=ties)
         thin = assert_exact(model, plan, example)
         assert plan.train_watched and plan.got["removed"] > 0 and not empty_sides(thin)

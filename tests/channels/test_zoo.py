@@ -1,4 +1,7 @@
-"""Every torchvision classification network with BatchNorm, both ways of deciding ties, in eval and train mode."""
+"""Every torchvision classification network with BatchNorm, ties together and apart, in eval and train mode.
+
+Aligned: test_aligned.py.
+"""
 
 import re
 
@@ -74,7 +77,7 @@ def test_segmentation(name, options):
     model = randomise(zoo.get_model(name, weights=None, weights_backbone=None, num_classes=3, **options))
     example = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     graph = slimming.trace(model, example)
-    for ties in ("together", "apart"):
+    for ties in ("together", "apart", "aligned"):
         plan = graph.plan(slimming.GlobalRatio(0.5), ties=ties)
         assert_exact(model, plan, example)
         assert plan.got["macs"] < 0.6

@@ -54,7 +54,7 @@ OWN = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), OWN)
-@pytest.mark.parametrize("ties", ["together", "apart"])
+@pytest.mark.parametrize("ties", ["together", "apart", "aligned"])
 def test_the_papers_initialisation_at_the_thin_widths(name, arguments, ties):
     """gamma_init, beta 0, statistics as new, convolutions N(0, sqrt(2 / (k*k*c_out))), the head N(0, 0.01)."""
     dense = models.build(name, **arguments)

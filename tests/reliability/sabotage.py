@@ -70,7 +70,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "efficientnet": (lambda: zoo.efficientnet_b0(num_classes=10), 48),
     "odd": (Odd, 9),
 }
-TIES = ("together", "apart")
+TIES = ("together", "apart", "aligned")
+# What writes a tensor without a BatchNorm, of which layers without a BatchNorm read channels that may go aligned.
+WITHOUT_A_NORM = {
+    "preresnet20": ["conv1", *(f"layer{i}.{j}.conv3" for i in (1, 2) for j in (0, 1))],
+    "odd": ["twice"],
+}
+WITHOUT_A_NORM["preresnet20"] += ["layer1.0.downsample.0", "layer2.0.downsample.0"]
 
 
 @dataclasses.dataclass
@@ -144,6 +150,12 @@ def wanted(name: str, ties: str) -> tuple[list[torch.Tensor], list[np.ndarray]]:
         norm = dense.get_submodule(layer)
         for channel in set(range(norm.num_features)) - set(kept):
             norm.weight.data[channel], norm.bias.data[channel] = 0, 0
+    for layer in WITHOUT_A_NORM.get(name, ()) if ties == "aligned" else ():
+        module, kept = dense.get_submodule(layer), plan.layers[layer].outs
+        for channel in set(range(module.out_channels)) - set(kept):
+            module.weight.data[channel] = 0
+            if module.bias is not None:
+                module.bias.data[channel] = 0
     rng = np.random.default_rng(123)
     shape = (6, *plan.spec["shape"][1:])
     images = [torch.from_numpy(scale * rng.standard_normal(shape)) for scale in (1.0, 3.0, 10.0)]
@@ -194,7 +206,7 @@ def attempt(saboteur: str, network: str, ties: str) -> Verdict | None:
     kind, strike = SABOTEURS[saboteur]
     here = scene(network, ties, saboteur)
     try:
-        patches = strike(here) if kind in ("code", "mask") else strike(here) or {}
+        patches = strike(here) or {}
     except NotHere:
         return None
     broken, how = (here.thin if kind == "network" else None), ""

@@ -579,3 +579,36 @@ def a_mask_that_forgets_beta(here):
 @mask
 def a_mask_that_forgets_gamma(here):
     return _mask_without("weight")
+
+
+@mask
+def a_mask_that_forgets_a_filter(here):
+    del here.plan.zeroed[here.choose([*here.plan.zeroed])]
+
+
+@mask
+def a_mask_that_forgets_one_channel_of_a_filter(here):
+    name = here.choose([*here.plan.zeroed])
+    channels = here.plan.zeroed[name]
+    channels.remove(here.pick.choice(channels))
+
+
+@mask
+def a_mask_that_zeroes_another_filter(here):
+    name = here.choose([*here.plan.zeroed])
+    here.plan.zeroed[name] = _other(here.plan.zeroed[name], here.plan.layers[name].size[1], here.pick)
+
+
+@mask
+def a_mask_that_forgets_the_biases_of_filters(here):
+    mask, layers = proof.mask, [n for n in here.plan.zeroed if here.model.get_submodule(n).bias is not None]
+    if not layers:
+        raise NotHere
+
+    def masked(model, plan):
+        result = mask(model, plan)
+        for name in layers:
+            result.get_submodule(name).bias.data.copy_(model.get_submodule(name).bias.data)
+        return result
+
+    return {"mask": masked}

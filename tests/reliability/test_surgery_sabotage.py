@@ -13,7 +13,7 @@ BARREN = {"a head that is shared no more", "left in train mode", "a stale num fe
 
 
 def strike(network, names):
-    """Try saboteurs on one network, ties together and apart; return the verdicts."""
+    """Try saboteurs on one network, with each way of ties; return the verdicts."""
     tried = [attempt(name, network, ties) for ties in TIES for name in sorted(names)]
     return [verdict for verdict in tried if verdict]
 
@@ -33,6 +33,14 @@ def test_a_sample_is_caught(network):
     verdicts = strike(network, names)
     assert_none_missed(verdicts)
     assert sum(v.verdict == "caught" for v in verdicts) >= 4
+
+
+@pytest.mark.parametrize("network", ["preresnet20", "odd"])
+def test_a_filter_that_is_forgotten_is_caught(network):
+    """The mask is told which filters are zero: a writer that the plan forgot must not pass, whatever the surgery removed."""
+    verdicts = strike(network, [name for name in SABOTEURS if "filter" in name and name.startswith("a mask")])
+    assert len(verdicts) >= 3
+    assert {(v.verdict, v.ties) for v in verdicts} == {("caught", "aligned")}
 
 
 @pytest.mark.parametrize("name", sorted(BARREN))

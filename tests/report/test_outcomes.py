@@ -8,7 +8,7 @@ from recorded import pruned, trained, tuned, write
 
 from slimming.report import comparisons, words
 from slimming.report.collect import collect
-from slimming.report.outcomes import Kind, Outcome, Point, outcomes
+from slimming.report.outcomes import Kind, Outcome, Point, options, outcomes
 from slimming.report.runs import plan_count
 from slimming.report.sections import sections, sweep_curves, tradeoff_panels
 
@@ -46,6 +46,24 @@ def test_seeds_become_one_point_with_its_spread_in_the_pictures(tmp_path, monkey
         assert len(panel[Kind.FINETUNED]) == 1 and close(panel[Kind.FINETUNED][0], share, 81, 1.41)
         assert len(panel[Kind.BEFORE_CALIBRATION]) == 3
         assert panel[Kind.SPARSE] == [Point(100, 79)]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, []),  # of a version without the option
+        ({"reduce": "max"}, []),
+        ({"reduce": "mean"}, ["reduce mean"]),
+        ({"ties": "apart", "reduce": "max"}, ["ties apart"]),
+        ({"ties": "aligned", "reduce": "mean"}, ["ties aligned"]),
+        ({"ties": "aligned", "reduce": "sum"}, ["ties aligned", "reduce sum"]),
+    ],
+)
+def test_how_tied_channels_were_scored_is_said_where_it_was_chosen(config, words, tmp_path):
+    write(tmp_path, "sparse", trained("sparse"))
+    write(tmp_path, "p", pruned("../sparse/last.ckpt", **config))
+    (run,) = (run for run in collect(tmp_path).runs if run.role == "pruned")
+    assert options(run) == words
 
 
 def test_points_are_drawn_with_bars_where_there_are_several_seeds_alone(tmp_path, monkeypatch):

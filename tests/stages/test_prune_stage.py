@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import reference_networks as reference_net
 import slimming
 from conftest import ROOT, SMALL, compose_config
 from slimming import checkpoint, models, stages
+from slimming.channels.embedding import selecting
 from slimming.channels.plan import PruningPlan
 from slimming.data import Digits
 from slimming.errors import CheckpointError, ConfigError, DataError, GraphError
@@ -82,6 +84,32 @@ def test_a_pruning_leaves_its_record(sparse, tmp_path, capsys):
         Image.open(tmp_path / name).verify()
     text = capsys.readouterr().out
     assert f"widths: {json.dumps(r['widths'])}" in text and "10 of 20 candidates removed, 50.0% (asked 50.0%)" in text
+
+
+def test_aligned_from_the_command_line(tmp_path, capsys):
+    """A pre-activation network gets narrower everywhere; what is left is loaded, pruned again and trained further."""
+    network = ("model=preresnet20", "model.depth=11", "model.width=0.5", "sparsity=0.01")
+    small = [o for o in SMALL if not o.startswith("model")]
+    stages.train(compose_config(*network, *small), tmp_path / "sparse")
+    prune(tmp_path / "sparse/last.ckpt", tmp_path / "thin", "ratio=0.4", "ties=aligned", "round_to=4")
+    text, r = capsys.readouterr().out, result(tmp_path / "thin")
+    assert "(asked 40.0%, ties aligned)" in text
+    assert (r["ties"], r["config"]["reduce"], r["criterion"]["ties"]) == ("aligned", "mean", "aligned")
+    assert r["gammas"]["threshold"] is None  # a mean decides, so that no gamma does
+    thin = slimming.load(tmp_path / "thin/pruned.ckpt")
+    assert not selecting(thin) and all(m.num_features % 4 == 0 for m in thin.modules() if isinstance(m, nn.BatchNorm2d))
+    plan = PruningPlan.from_json((tmp_path / "thin/plan.json").read_text())
+    recorded = checkpoint.read(tmp_path / "thin/pruned.ckpt").content["slimming"]["plans"]
+    assert plan.zeroed and [plan.to_dict()] == recorded
+    options = ("budget.macs=0.7", "ties=aligned", "repair=true", "per=macs")
+    prune(tmp_path / "thin/pruned.ckpt", tmp_path / "again", *options)
+    prune(tmp_path / "again/pruned.ckpt", tmp_path / "x", "inspect=true")
+    text = capsys.readouterr().out
+    assert "ties aligned); " in text and "ties=aligned (" in text and "aligned 100.0%" in text
+    for init in ("weights", "scratch"):
+        chosen = (f"checkpoint={tmp_path / 'again/pruned.ckpt'}", f"init={init}", "trainer.max_epochs=1")
+        stages.finetune(compose_config(*chosen, name="finetune"), tmp_path / init)
+        assert not selecting(slimming.load(tmp_path / init / "last.ckpt"))
 
 
 def test_stage_and_library_give_the_same_network(sparse, tmp_path):

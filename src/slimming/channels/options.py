@@ -6,6 +6,7 @@ from slimming.errors import ConfigError
 from slimming.options import check_options, option
 
 MEASURED = ("reconstruction",)  # scores that take training images
+REDUCED = {"together": "max", "apart": "max", "aligned": "mean"}  # by ties: what `reduce` is where it is not given
 
 
 @dataclass
@@ -15,8 +16,9 @@ class PlanOptions:
     ties: str = option(
         "together",
         "together: gammas whose channels are tied (by additions, say) are decided as one; apart: every gamma by itself "
-        "(smaller, slower)",
-        choices=("together", "apart"),
+        "(smaller, slower); aligned: a channel leaves every tensor that it lives in or none, so that all of them get narrower "
+        "(no selections)",
+        choices=tuple(REDUCED),
     )
     score: str = option(
         "gamma",
@@ -31,15 +33,28 @@ class PlanOptions:
         "that of equal channels the expensive ones go first",
         choices=("channel", "macs"),
     )
-    reduce: str = option("max", "score of tied channels: max or mean of theirs", choices=("max", "mean"))
+    reduce: str | None = option(
+        None,
+        "score of gammas that are decided as one: max, mean or sum of theirs; null: max, with ties=aligned mean",
+        choices=("max", "mean", "sum"),
+    )
     min_channels: int = option(1, "channels that every BatchNorm keeps at least", low=1, whole=True)
     max_layer_ratio: float = option(
         1.0, "largest share of one BatchNorm's channels that may go", low=0, high=1, above=True
     )
     round_to: int = option(
-        1, "kept channels of every BatchNorm are rounded up to a multiple of this", low=1, whole=True
+        1,
+        "kept channels of every BatchNorm (with ties=aligned: of those that live in the same tensors) are rounded up to a "
+        "multiple of this",
+        low=1,
+        whole=True,
     )
     ignore: list[str] = option([], "shell patterns of BatchNorm layers that stay whole")
+
+    @property
+    def reduction(self) -> str:
+        """What `reduce` is, or stands for where it is not given."""
+        return self.reduce or REDUCED[self.ties]
 
 
 PENALTY_NAMES = ("l1", "proximal", "polarization", "group")

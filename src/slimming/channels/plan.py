@@ -10,14 +10,15 @@ from torch import nn
 
 from slimming.channels.inputs import check_spec
 from slimming.channels.layers import SelectBatchNorm
+from slimming.channels.tape import WITH_FILTERS
 from slimming.errors import PlanError
 
-FORMAT = 3  # 1 had no attributes; 1 and 2 had other words, see RENAMED
+FORMAT = 4  # 1 had no attributes, 1 to 3 had nothing in `zeroed`; 1 and 2 had other words, see RENAMED
 RENAMED = {"place": "scatter", "put_back": "restored", "followed": "dead"}  # in `layers` and `got`, since format 3
 FIELDS: dict[str, type] = {"fingerprint": str, "network": str, "keep": dict, "layers": dict, "asked": dict, "got": dict}
-FIELDS |= {"train_watched": bool, "train_reason": str, "attributes": list}
+FIELDS |= {"train_watched": bool, "train_reason": str, "attributes": list, "zeroed": dict}
 COUNTED = ("removed", "candidates", "ratio", "restored", "dead", "macs", "params")  # of `got`, as `describe` shows it
-KINDS = ("conv", "transposed", "linear", "depthwise", "grouped", "norm", "scale")
+KINDS = (*WITH_FILTERS, "norm", "scale")
 
 
 @dataclass
@@ -87,6 +88,8 @@ class PruningPlan:
             highest_score (of what was chosen; None if nothing was).
         compare: what the proof compares: the network's `outputs`. Where the network sorts or selects by score, rounding turns
             into other choices; it then compares the outputs of all `layers` that keep every channel.
+        zeroed: output channels of convolutions and linear layers, by layer, that write a tensor without a BatchNorm and whose
+            filters and biases are zero in the masked network, as gammas and betas are elsewhere; with ties=aligned.
         train_watched: whether the network also ran in train mode; if not, `train_reason` says why.
     """
 
@@ -101,6 +104,7 @@ class PruningPlan:
     train_reason: str = ""
     compare: str = "outputs"
     attributes: list[list[Any]] = field(default_factory=list)
+    zeroed: dict[str, list[int]] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -117,6 +121,16 @@ class PruningPlan:
             kept = self.layers.get(name)
             if kept is None or kept.kind != "norm" or kept.outs != indices:
                 raise PlanError(f"plan: keep of {name} does not match its layer entry")
+        for name, channels in self.zeroed.items():
+            self._check_zeroed(name, channels)
+
+    def _check_zeroed(self, name: str, channels: list[int]) -> None:
+        layer = self.layers.get(name)
+        if layer is None or layer.kind not in WITH_FILTERS:
+            raise PlanError(f"plan: zeroed names {name}, which is no layer of the plan with filters")
+        _check_indices(name, "zeroed", channels, layer.size[1])
+        if not set(channels).isdisjoint(layer.outs):
+            raise PlanError(f"plan: zeroed of layer {name} names a channel that it keeps")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings."""
@@ -130,9 +144,9 @@ class PruningPlan:
             PlanError: a missing or unknown key, another format, indices that cannot be.
         """
         try:
-            if data["format"] not in (1, 2, FORMAT):
+            if data["format"] not in range(1, FORMAT + 1):
                 raise PlanError(f"plan: format {data['format']!r} is unknown, this version reads 1 to {FORMAT}")
-            if data["format"] != FORMAT:
+            if data["format"] < 3:
                 data = _in_new_words(data)
             layers = {
                 name: LayerPlan(**{**layer, "size": tuple(layer["size"])}) for name, layer in data["layers"].items()
@@ -177,6 +191,7 @@ class PruningPlan:
             extra = " select" * (layer.select is not None) + " scatter" * (layer.scatter is not None)
             lines.append(f"{name:40} {layer.kind:10} {ins:>13} {outs:>13}{extra}")
         lines += [f"{module}.{name} becomes {value}" for module, name, _, value in self.attributes]
+        lines += [f"{name}: {len(gone)} filters go that no BatchNorm follows" for name, gone in self.zeroed.items()]
         if not self.train_watched:
             lines.append(f"not watched in train mode: {self.train_reason}")
         return "\n".join(lines)

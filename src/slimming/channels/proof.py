@@ -22,7 +22,13 @@ DRAWS = ((1, 0), (3, 0), (10, 0), (1, 1), (3, 2))  # of the proof: (scale of the
 
 
 def mask(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Return a copy of the same size with gamma and beta of all pruned channels zero: the specification of `prune`."""
+    """Return a copy of the same size with gamma and beta of all pruned channels zero: the specification of `prune`.
+
+    Of filters that write without a BatchNorm, those that the plan names (`zeroed`) are zero with their biases.
+
+    Raises:
+        PlanError: the plan is for another network, or names filters that this one does not have.
+    """
     plan.check_model(model)
     masked = copy_model(model)
     with torch.no_grad():
@@ -33,7 +39,21 @@ def mask(model: nn.Module, plan: PruningPlan) -> nn.Module:
             gone[keep] = False
             norm.weight[gone] = 0
             norm.bias[gone] = 0
+        for name, channels in plan.zeroed.items():
+            _zero_filters(masked, name, 1 if plan.layers[name].kind == "transposed" else 0, channels)
     return masked
+
+
+def _zero_filters(masked: nn.Module, name: str, axis: int, channels: list[int]) -> None:
+    """Set filters along an axis of a layer's weight, and their biases, to zero, in place."""
+    layer = dict(masked.named_modules()).get(name)
+    try:
+        weight = masked.get_parameter(name) if layer is None else layer.get_parameter("weight")
+        weight.index_fill_(axis, torch.tensor(channels, device=weight.device), 0)
+        if isinstance(bias := getattr(layer, "bias", None), Tensor):
+            bias[channels] = 0
+    except (AttributeError, IndexError) as error:
+        raise PlanError(f"plan: zeroed names filters of {name} that this network does not have") from error
 
 
 def prove_sizes(model: nn.Module, thin: nn.Module, plan: PruningPlan) -> None:

@@ -11,6 +11,7 @@ from slimming.channels.atoms import compress, rows_along, varying
 from slimming.channels.sizes import Resize, Size
 
 CARRYING = ("depthwise", "scale")  # layers that need their inputs no more than what reads their outputs does
+WITH_FILTERS = ("conv", "transposed", "linear", "depthwise", "grouped")  # one for every channel that a layer writes
 
 
 class UnsupportedOperator(Exception):
@@ -51,7 +52,11 @@ class Use:
 
 @dataclass
 class Zero:
-    """When the atoms `out` are zero: if `all` or `any` rows of `operands` are, if their `gamma` is pruned, or `always`."""
+    """When the atoms `out` are zero.
+
+    If `all` or `any` rows of `operands` are, if their `gamma` is pruned, `always`, or (beside another reason) if the `filter`
+    and the bias that write them are zero.
+    """
 
     when: str
     out: Tensor
@@ -181,6 +186,8 @@ class Tape:
             if first.source is not None and use.source is not None:
                 self.tie(first.source, use.source)
         self.uses.append(use)
+        if use.kind in WITH_FILTERS:
+            self.zeros.append(Zero("filter", use.write, layer=use.name))
 
     def derived(self, when: str, shape: Sequence[int], operands: Sequence[Tensor]) -> Tensor:
         """Return new atoms tied to all operands; they are zero when `all` or `any` (or `never`) of the operands are."""

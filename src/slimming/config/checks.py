@@ -141,6 +141,7 @@ def _check_train(config: TrainConfig) -> None:
 
 
 def _check_pruning(config: PruneOptions) -> None:
+    config.reduce = config.reduction
     if config.convention != "exact" and (config.ratio is None or config.criterion not in (None, "global")):
         raise ConfigError(f"convention={config.convention} is for a global ratio only")
     _check_latency(config)

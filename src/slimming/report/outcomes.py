@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from slimming.channels.options import PlanOptions
+from slimming.channels.options import REDUCED, PlanOptions
 from slimming.report.runs import Run
 
 
@@ -95,7 +95,8 @@ def options(run: Run) -> list[str]:
     elif kind != "GlobalRatio":
         values = {k: v for k, v in criterion.items() if k not in ("criterion", "ratio") and not isinstance(v, str)}
         words.append(" ".join([kind, *(f"{k} {v:g}" for k, v in values.items())]))
-    defaults = asdict(PlanOptions()) | {"convention": "exact"}
+    reduce = REDUCED.get(str(config.get("ties")), REDUCED["together"])
+    defaults = asdict(PlanOptions()) | {"convention": "exact", "reduce": reduce}
     words += [f"{k} {config[k]}" for k, default in defaults.items() if config.get(k, default) != default]
     words += ["repaired"] * bool(config.get("repair"))
     return words + [f"pass {run.passes}"] * (run.passes > 1)

@@ -253,7 +253,8 @@ def _gammas(cfg: PruneConfig, graph: ChannelGraph, plan: PruningPlan) -> dict[st
         gone[graph.norms[name].all] = True
         gone[graph.norms[name].start + torch.tensor(kept)] = False
     gammas = graph.scores("gamma")
-    common = cfg.score == "gamma" and cfg.per == "channel" and criterion_name(cfg) in ("global", "threshold", "budget")
+    by_gamma = cfg.score == "gamma" and cfg.per == "channel" and cfg.ties != "aligned"  # which compares means
+    common = by_gamma and criterion_name(cfg) in ("global", "threshold", "budget")
     return {
         "edges": BINS.tolist(),
         "kept": histogram(gammas[~gone].float()),

@@ -7,6 +7,7 @@ import torch
 
 from slimming.channels.criteria import GlobalRatio
 from slimming.channels.graph import ChannelGraph
+from slimming.channels.options import REDUCED
 from slimming.channels.penalty import near_zero_share
 from slimming.channels.plan import PruningPlan
 from slimming.records import Result
@@ -31,6 +32,8 @@ def _summary(result: Result, plan: PruningPlan) -> list[str]:
     details, after, got = result.details, result.cost, plan.got
     before, asked = details["cost_before"], details["ratio"]["asked"]
     wanted = f"asked {asked:.1%}" if asked is not None else ", ".join(f"{k} {v}" for k, v in plan.asked.items())
+    if asked is not None and "ties" in plan.asked:
+        wanted += f", ties {plan.asked['ties']}"
     share = {key: 1 - after[key] / before[key] for key in ("num_params", "macs")}
     lines = [
         f"channels: {got['removed']:,} of {got['candidates']:,} candidates removed, {got['ratio']:.1%} ({wanted}); "
@@ -51,7 +54,7 @@ def inspection(graph: ChannelGraph) -> str:
     """Return what could go, and the quantiles of |gamma| over all candidates."""
     gammas = graph.scores("gamma")
     lines = [graph.describe(), "", "|gamma| at ratio:  (what a global ratio would take as its threshold)"]
-    for ties in ("together", "apart"):
+    for ties in REDUCED:
         free = gammas[graph.candidates(ties)]
         if len(free):
             values = torch.quantile(free, torch.tensor(QUANTILES, dtype=free.dtype)).tolist()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.channels.atoms import components
+from slimming.channels.graph.aligned import Aligned
 from slimming.channels.graph.liveness import needed_by_products, zero_atoms
 from slimming.channels.graph.structure import Structure
 from slimming.errors import check_patterns
@@ -32,6 +33,20 @@ def decided_together(graph: Structure, trainable: Tensor) -> tuple[Tensor, Tenso
     free = _free_components(graph, trainable, pairs)
     classes = components(graph.tape.count, [pairs[:, free[pairs[0]]]])
     return trainable & free[graph.slots], classes[graph.slots]
+
+
+def decided_aligned(graph: Aligned, trainable: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the trainable gammas may go with their whole class, and the class of every gamma; (all gammas,) each.
+
+    A class is free where all of its gammas are trainable, nothing of it is frozen, and it is zero, once they are pruned and its
+    bare filters are zeros, wherever a layer reads it.
+    """
+    zero = zero_atoms(graph, ~trainable, graph.silenced(~trainable))
+    blocked = graph.frozen.clone()
+    blocked[graph.slots[~trainable]] = True
+    blocked[graph.component[graph.weighed[~zero[graph.weighed]]]] = True
+    blocked[needed_by_products(graph, zero)] = True
+    return ~blocked[graph.slots], graph.slots
 
 
 def _free_components(graph: Structure, trainable: Tensor, pairs: Tensor) -> Tensor:

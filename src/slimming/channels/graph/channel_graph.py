@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from slimming.channels.criteria import Budget, Choice, Criterion
 from slimming.channels.graph import explain, writing
-from slimming.channels.graph.candidates import decided_together, trainable_gammas
+from slimming.channels.graph.aligned import Aligned
+from slimming.channels.graph.candidates import decided_aligned, decided_together, trainable_gammas
 from slimming.channels.graph.deciding import Settling, check_scores, make_choice, unit_macs
 from slimming.channels.graph.liveness import Solution
 from slimming.channels.graph.remaining import count_cost, count_other_params
@@ -46,13 +47,26 @@ class ChannelGraph(Structure):
 
         Apart: every trainable one. Together: those of a class that dies with them. Such a class is not frozen, no BatchNorm
         reads it but one that is decided with it, and once all its gammas are pruned it is zero wherever a convolution or
-        linear layer reads it.
+        linear layer reads it. Aligned: those of a class that can leave every tensor that it lives in; see graph/aligned.py.
 
         Raises:
             ConfigError: a pattern to ignore that matches no BatchNorm.
         """
+        return self._decided(ties, ignore)[1]
+
+    @functools.cached_property
+    def aligned(self) -> Aligned:
+        """The network as `ties=aligned` sees it."""
+        return Aligned(self)
+
+    def _decided(self, ties: str, ignore: Iterable[str]) -> tuple[Structure, Tensor, Tensor]:
+        """Return the network as this way of ties sees it, which gammas may be chosen, and the class of every gamma."""
         trainable = trainable_gammas(self, ignore)
-        return trainable if ties == "apart" else decided_together(self, trainable)[0]
+        if ties == "aligned":
+            return self.aligned, *decided_aligned(self.aligned, trainable)
+        if ties == "together":
+            return self, *decided_together(self, trainable)
+        return self, trainable, torch.arange(self.count)
 
     def scores(self, score: str | Given, seed: int = 0, batches: Iterable[Any] = ()) -> Tensor:
         """Return a score per gamma, (all gammas,) float64: by name, or the given ones in that order.
@@ -96,16 +110,16 @@ class ChannelGraph(Structure):
         chosen = PlanOptions(**options) if name == "given" else PlanOptions(score=name, **options)
         check_options(chosen)
         self._check_prunable()
-        free, classes = trainable_gammas(self, chosen.ignore), torch.arange(self.count)
-        if chosen.ties == "together":
-            free, classes = decided_together(self, free)
+        view, free, classes = self._decided(chosen.ties, chosen.ignore)
         if not bool(free.any()):
             raise GraphError("no BatchNorm scale can go: " + self._why_not())
         values = check_scores(self, self.scores(score, seed, batches), free)
-        choice = make_choice(self, free, classes, values, chosen.reduce)
+        choice = make_choice(self, free, classes, values, chosen.reduction)
+        if chosen.ties == "aligned":  # what is restored in one layer comes back in all
+            values[choice.gammas] = choice.score[choice.unit]
         if chosen.per == "macs":
-            choice.score = choice.score / unit_macs(self, choice)
-        settling = Settling(self, values, choice, chosen)
+            choice.score = choice.score / unit_macs(view, choice)
+        settling = Settling(view, values, choice, chosen)
         if isinstance(criterion, Budget):
             removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
         elif isinstance(criterion, Latency):
@@ -116,13 +130,14 @@ class ChannelGraph(Structure):
             removed = criterion.search(choice, settling, plan_of)
         else:
             removed = criterion.choose(choice)
-        asked = criterion.describe() | {"score": name} | {"per": chosen.per}
-        asked = {
-            key: value for key, value in asked.items() if (key, value) not in (("score", "gamma"), ("per", "channel"))
-        }
-        return self._write_plan(settling.outcome(removed), choice, removed, asked)
+        usual = PlanOptions()
+        others = {"score": name, "per": chosen.per, "ties": chosen.ties}
+        asked = criterion.describe() | {key: value for key, value in others.items() if value != getattr(usual, key)}
+        return self._write_plan(view, settling.outcome(removed), choice, removed, asked)
 
-    def _write_plan(self, solution: Solution, choice: Choice, removed: Tensor, asked: dict[str, Any]) -> PruningPlan:
+    def _write_plan(
+        self, view: Structure, solution: Solution, choice: Choice, removed: Tensor, asked: dict[str, Any]
+    ) -> PruningPlan:
         layers = writing.layer_plans(self, solution)
         got = writing.describe_outcome(choice, removed, solution) | self.cost_share(solution)
         got["highest_score"] = float(choice.score[removed].max()) if bool(removed.any()) else None
@@ -137,6 +152,7 @@ class ChannelGraph(Structure):
             train_watched=not self.train_reason,
             train_reason=self.train_reason,
             attributes=writing.attribute_values(self, solution),
+            zeroed=writing.zeroed_filters(view, solution),
             compare="layers" if any(r.split(" in ")[0] in SELECTING for r in self.unknown) else "outputs",
         )
 

@@ -1,9 +1,12 @@
 """From scores to a choice, and from what a criterion chose to what the constraints restore."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from slimming.channels.criteria import Choice
+from slimming.channels.graph.aligned import Aligned
 from slimming.channels.graph.liveness import Solution, solve
 from slimming.channels.graph.remaining import component_macs
 from slimming.channels.graph.structure import Structure
@@ -32,7 +35,7 @@ def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor,
         free: (all gammas,) bool, the candidates.
         classes: (all gammas,) gammas of one class are one unit.
         values: (all gammas,) scores.
-        reduce: `max` or `mean` of the scores of a unit.
+        reduce: `max`, `mean` or `sum` of the scores of a unit.
     """
     gammas = free.nonzero().flatten()
     _, unit = classes[gammas].unique(return_inverse=True)
@@ -40,7 +43,7 @@ def make_choice(graph: Structure, free: Tensor, classes: Tensor, values: Tensor,
     first = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
     unit = first.argsort().argsort()[unit]
     score = torch.zeros(len(first), dtype=torch.float64).scatter_reduce(
-        0, unit, values[gammas], "amax" if reduce == "max" else "mean", include_self=False
+        0, unit, values[gammas], {"max": "amax"}.get(reduce, reduce), include_self=False
     )
     return Choice(gammas, unit, score, unit.bincount(), graph.norm_of[gammas])
 
@@ -54,11 +57,25 @@ def unit_macs(graph: Structure, choice: Choice) -> Tensor:
     return macs.clamp_min(1)
 
 
+class Part(NamedTuple):
+    """Gammas that are counted together: `low` of them stay at least, and as many as make a multiple of `round_to`, or all."""
+
+    gammas: Tensor
+    low: int
+    round_to: int
+
+    def missing(self, kept: Tensor) -> int:
+        """Return how many more have to stay than `kept` (all gammas,) bool keeps."""
+        have = int(kept[self.gammas].count_nonzero())
+        wanted = -(-max(have, self.low) // self.round_to) * self.round_to
+        return min(len(self.gammas), wanted) - have
+
+
 class Settling:
     """Restores channels, the strongest first, until the constraints hold and no layer has an empty side.
 
     Args:
-        graph: the network.
+        graph: the network; an Aligned one, where what lives must keep all of its gammas.
         values: (all gammas,) scores.
         choice: what the criterion chose from.
         options: holds the constraints.
@@ -69,6 +86,7 @@ class Settling:
         self.unit_of = torch.full((graph.count,), -1)
         self.unit_of[choice.gammas] = choice.unit
         self.strength = self._strength()
+        self.parts = self._parts()
 
     def outcome(self, removed: Tensor) -> Solution:
         """Return what stays when the units `removed` (U,) bool are asked to go."""
@@ -77,24 +95,48 @@ class Settling:
         forced = torch.zeros(self.graph.tape.count, dtype=torch.bool)
         while True:
             solution = solve(self.graph, kept, forced)
+            if self._restore_living(solution, kept):
+                continue
             if not self._restore_gammas(solution, kept, forced) and not self._restore_sides(solution, forced):
-                return solution
+                return Solution(solution.live[self.graph.component], solution.kept)
+
+    def _restore_living(self, solution: Solution, kept: Tensor) -> bool:
+        """Keep all gammas of the classes that live, if classes go as a whole; return whether that was anything."""
+        halved = solution.live[self.graph.slots] & ~kept
+        if not isinstance(self.graph, Aligned) or not bool(halved.any()):
+            return False
+        kept[halved] = True
+        return True
 
     def _restore_gammas(self, solution: Solution, kept: Tensor, forced: Tensor) -> bool:
-        """Restore what the constraints want of every BatchNorm; return whether that was anything."""
-        short = False
-        counts = self.graph.count_gammas(solution.kept)
-        for name, norm in self.graph.norms.items():
-            missing = _wanted(norm.module.num_features, counts[name], self.options) - counts[name]
+        """Restore what the constraints want of every part; return whether that was anything."""
+        short, stays = False, solution.kept.clone()
+        for part in self.parts:
+            missing = part.missing(stays)
             if missing > 0:
                 short = True
-                back = torch.where(solution.kept[norm.all], -1.0, self.values[norm.all]).topk(missing).indices
-                gammas = norm.start + back
+                back = torch.where(stays[part.gammas], -1.0, self.values[part.gammas]).topk(missing).indices
+                gammas = part.gammas[back]
                 units = self.unit_of[gammas]
-                kept[gammas] = True
-                kept[self.choice.gammas[torch.isin(self.choice.unit, units[units >= 0])]] = True
+                tied = self.choice.gammas[torch.isin(self.choice.unit, units[units >= 0])]
+                kept[gammas] = kept[tied] = True
                 forced[self.graph.slots[gammas]] = True
+                if isinstance(self.graph, Aligned):  # what comes back here may be enough for the next part
+                    stays[gammas] = stays[tied] = True
         return short
+
+    def _parts(self) -> list[Part]:
+        """Return what the constraints count: every BatchNorm; rounded are, where classes go as a whole, their bands."""
+        options, parts = self.options, []
+        rounded = 1 if isinstance(self.graph, Aligned) else options.round_to
+        for norm in self.graph.norms.values():
+            size = norm.module.num_features
+            low = max(options.min_channels, size - int(options.max_layer_ratio * size + 1e-9))
+            gammas = torch.arange(norm.all.start, norm.all.stop)
+            parts.append(Part(gammas, low, rounded))
+        if isinstance(self.graph, Aligned) and options.round_to > 1:
+            parts += [Part(gammas, 0, options.round_to) for gammas in self.graph.bands()]
+        return parts
 
     def _restore_sides(self, solution: Solution, forced: Tensor) -> bool:
         """Force the strongest component of every side of which nothing lives to live; return whether there was any."""
@@ -114,9 +156,3 @@ class Settling:
             for side in (step.writes, step.reads):
                 strength.scatter_reduce_(0, side, self.values[norm.all], "amax")
         return strength
-
-
-def _wanted(size: int, have: int, options: PlanOptions) -> int:
-    """Return how many of `size` gammas the constraints want where `have` are kept."""
-    wanted = max(have, options.min_channels, size - int(options.max_layer_ratio * size + 1e-9))
-    return min(size, -(-wanted // options.round_to) * options.round_to)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from slimming.channels.atoms import FROZEN
-from slimming.channels.graph.candidates import decided_together, trainable_gammas
+from slimming.channels.graph.aligned import Aligned
+from slimming.channels.graph.candidates import decided_aligned, decided_together, trainable_gammas
 from slimming.channels.graph.liveness import zero_atoms
 from slimming.channels.graph.structure import Structure
+from slimming.channels.options import REDUCED
 from slimming.channels.plan import describe_network
 
 
@@ -22,22 +24,26 @@ def shares(graph: Structure) -> dict[str, Any]:
     """Return how much of the network a plan can choose from.
 
     Returns:
-        gammas: how many there are; together, apart: shares of them that may be chosen; blocked: {reason: share} of
-        those that may not be chosen together.
+        gammas: how many there are; together, apart, aligned: shares of them that may be chosen; blocked: {reason: share} of
+        those that may not be chosen together; blocked_aligned: the same for aligned.
     """
-    apart = trainable_gammas(graph)
-    together, _ = decided_together(graph, apart)
-    reasons = _blocked(graph, ~together, apart)
+    apart, aligned = trainable_gammas(graph), Aligned(graph)
+    decided = {"together": decided_together(graph, apart)[0], "aligned": decided_aligned(aligned, apart)[0]}
+    reasons = {ties: _blocked(g, ~decided[ties], apart) for ties, g in (("together", graph), ("aligned", aligned))}
+
+    def share(gammas: Tensor | int) -> float:
+        return int(gammas if isinstance(gammas, int) else gammas.sum()) / max(1, graph.count)
+
     return {
         "gammas": graph.count,
-        "together": int(together.sum()) / max(1, graph.count),
-        "apart": int(apart.sum()) / max(1, graph.count),
-        "blocked": {reason: count / max(1, graph.count) for reason, count in reasons.items()},
+        **{ties: share(free) for ties, free in {**decided, "apart": apart}.items()},
+        "blocked": {reason: share(count) for reason, count in reasons["together"].items()},
+        "blocked_aligned": {reason: share(count) for reason, count in reasons["aligned"].items()},
     }
 
 
 def _blocked(graph: Structure, gammas: Tensor, trainable: Tensor) -> dict[str, int]:
-    """Count `gammas` (all gammas,) bool by the first reason for which they cannot be decided together."""
+    """Count `gammas` (all gammas,) bool by the first reason for which they cannot be decided together, or aligned."""
 
     def marked(*parts: Tensor) -> Tensor:
         mask = torch.zeros(graph.tape.count, dtype=torch.bool)
@@ -48,13 +54,14 @@ def _blocked(graph: Structure, gammas: Tensor, trainable: Tensor) -> dict[str, i
     for atoms, reason in [*graph.frozen_for, (torch.tensor([FROZEN]), "tied to an input or a constant")]:
         frozen_by.setdefault(kind_of(reason), []).append(graph.component[atoms])
     reads, writes, own = graph.norm_sides
-    zero = zero_atoms(graph, ~trainable)
+    zero = zero_atoms(graph, ~trainable, graph.silenced(~trainable))
     untrained = (own < 0) | ~torch.cat((trainable, trainable.new_zeros(1)))[own]
     tests = [("not trained, or of a BatchNorm that stays whole", marked(writes[untrained]))]
     tests += [(reason, marked(*parts)) for reason, parts in frozen_by.items()]
     weighed = graph.component[graph.weighed[~zero[graph.weighed]]]
     tests += [("not zero where it is read, although its gammas are pruned", marked(weighed))]
-    tests += [("read by a BatchNorm that writes elsewhere", marked(reads))]
+    if not isinstance(graph, Aligned):
+        tests += [("read by a BatchNorm that writes elsewhere", marked(reads))]
     tests += [("tied to one of these", torch.ones(graph.tape.count, dtype=torch.bool))]
     found, left = {}, gammas.clone()
     for reason, mask in tests:
@@ -68,8 +75,11 @@ def _blocked(graph: Structure, gammas: Tensor, trainable: Tensor) -> dict[str, i
 def summary(graph: Structure) -> list[str]:
     """Return lines for people: how many gammas may be chosen, and why the others may not."""
     found = shares(graph)
-    lines = [f"{found['gammas']:,} gammas; may be chosen: together {found['together']:.1%}, apart {found['apart']:.1%}"]
-    return lines + [f"  not together, {share:.1%}: {reason}" for reason, share in found["blocked"].items()]
+    chosen = ", ".join(f"{ties} {found[ties]:.1%}" for ties in REDUCED)
+    lines = [f"{found['gammas']:,} gammas; may be chosen: {chosen}"]
+    for ties, key in (("together", "blocked"), ("aligned", "blocked_aligned")):
+        lines += [f"  not {ties}, {share:.1%}: {reason}" for reason, share in found[key].items()]
+    return lines
 
 
 def describe(graph: Structure) -> str:

@@ -1,6 +1,6 @@
 """What goes when some gammas are pruned.
 
-1. Zero: atoms whose writers are all pruned BatchNorm channels are zero, and their readers can drop them.
+1. Zero: atoms whose writers are all pruned BatchNorm channels (or filters of zeros) are zero, and their readers can drop them.
 2. Live: backwards to a fixed point, a component lives if a live reader needs it.
 3. Everything that does not live goes.
 """
@@ -16,34 +16,41 @@ from slimming.channels.tape import CARRYING
 
 @dataclass
 class Solution:
-    """What stays: `live` (atoms,) bool per component, `kept` (all gammas,) bool: neither chosen nor dead."""
+    """What stays: `live` (atoms,) bool, `kept` (all gammas,) bool: neither chosen nor dead."""
 
     live: Tensor
     kept: Tensor
 
 
-def zero_atoms(graph: Structure, kept: Tensor) -> Tensor:
-    """Return which atoms are zero, (atoms,) bool, when the gammas outside `kept` (all gammas,) bool are pruned."""
+def zero_atoms(graph: Structure, kept: Tensor, silenced: Tensor | None = None) -> Tensor:
+    """Return which atoms are zero, (atoms,) bool.
+
+    Args:
+        kept: (all gammas,) bool; the others are pruned.
+        silenced: (atoms,) bool, those that filters of zeros write; None: no filter is.
+    """
     zero = torch.zeros(graph.tape.count, dtype=torch.bool)
     for event in graph.tape.zeros:
         if event.operands is not None:
             rows = zero[event.operands]
             zero[event.out] = rows.all(0) if event.when == "all" else rows.any(0)
-        else:
-            zero[event.out] = ~kept[graph.norms[event.layer].all] if event.when == "gamma" else True
+        elif event.when == "gamma":
+            zero[event.out] = ~kept[graph.norms[event.layer].all]
+        elif event.when == "always":
+            zero[event.out] = True
+        elif silenced is not None:
+            zero[event.out] |= silenced[event.out]
     return zero
 
 
 def needed_by_products(graph: Structure, zero: Tensor) -> Tensor:
     """Return the components over which products of activations sum, unless they are zero."""
-    atoms = [product.atoms for product in graph.tape.products if product.sums]
-    summed = torch.cat(atoms) if atoms else torch.empty(0, dtype=torch.long)
-    return graph.component[summed[~zero[summed]]]
+    return graph.component[graph.summed[~zero[graph.summed]]]
 
 
 def solve(graph: Structure, kept: Tensor, forced: Tensor) -> Solution:
     """Find what lives when the gammas outside `kept` are pruned; `forced` (atoms,) bool components live in any case."""
-    zero = zero_atoms(graph, kept)
+    zero = zero_atoms(graph, kept, graph.silenced(kept))
     live = graph.frozen | forced
     live[needed_by_products(graph, zero)] = True
     pending = [step for step in reversed(graph.steps) if step.use.kind not in CARRYING]

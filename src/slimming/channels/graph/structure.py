@@ -33,6 +33,12 @@ class Recording:
         """(atoms,) the component of every atom: its smallest atom."""
         return components(self.tape.count, self.tape.ties)
 
+    @functools.cached_property
+    def aligned(self) -> Tensor:
+        """(atoms,) the same where every BatchNorm ties what it reads to what it writes."""
+        passed = [torch.stack((use.read, use.write)) for use in self.tape.uses if use.kind == "norm"]
+        return components(self.tape.count, [*self.tape.ties, *passed])
+
 
 @dataclass
 class Norm:
@@ -85,7 +91,7 @@ class Structure:
         self.model, self.recording = model, recording
         self.tape, self.spec, self.train_reason = recording.tape, recording.spec, recording.train_reason
         self.modules = dict(model.named_modules())
-        self.component = recording.component
+        self.component, self.distrusted = self._components(), distrusted
         self.frozen_for = [*self.tape.frozen, *distrusted]
         self.frozen = self._find_frozen()
         reasons = dict.fromkeys(reason for _, reason in self.frozen_for if reason != "network output")
@@ -99,6 +105,13 @@ class Structure:
         self.layers: dict[str, Step] = {}
         for step in self.steps:
             self.layers.setdefault(step.use.name, step)
+
+    def _components(self) -> Tensor:
+        return self.recording.component
+
+    def silenced(self, kept: Tensor) -> Tensor | None:
+        """Return which atoms, (atoms,) bool, filters of zeros write once the gammas outside `kept` are pruned; None: none."""
+        return None
 
     def _find_frozen(self) -> Tensor:
         sides = [side for use in self.tape.uses if use.name in self.tape.fixed for side in use.sides()]
@@ -147,6 +160,11 @@ class Structure:
     def weighed(self) -> Tensor:
         """(n,) atoms that a convolution or linear layer reads and needs, unless they are zero."""
         return _joined([s.use.read for s in self.steps if s.use.kind != "norm" and s.use.kind not in CARRYING])
+
+    @functools.cached_property
+    def summed(self) -> Tensor:
+        """(n,) atoms over which products of activations sum."""
+        return _joined([product.atoms for product in self.tape.products if product.sums])
 
     @functools.cached_property
     def _sides(self) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from slimming.channels.graph.liveness import Solution
 from slimming.channels.graph.structure import Step, Structure
 from slimming.channels.plan import LayerPlan
 from slimming.channels.sizes import new_values
+from slimming.channels.tape import WITH_FILTERS
 from slimming.errors import PlanError
 
 
@@ -68,6 +69,15 @@ def _position_among_kept(stays: Tensor, index: Tensor | None, kept: Tensor) -> l
 def _indices(mask: Tensor) -> list[int]:
     indices: list[int] = mask.nonzero().flatten().tolist()
     return indices
+
+
+def zeroed_filters(graph: Structure, solution: Solution) -> dict[str, list[int]]:
+    """Return the filters that have to be zero in the masked network: of classes that go, where no BatchNorm writes them."""
+    silenced = graph.silenced(solution.kept)
+    if silenced is None:
+        return {}
+    found = {n: _indices(silenced[s.use.write]) for n, s in graph.layers.items() if s.use.kind in WITH_FILTERS}
+    return {name: channels for name, channels in found.items() if channels}
 
 
 def attribute_values(graph: Structure, solution: Solution) -> list[list[Any]]:
