@@ -55,12 +55,16 @@ class Penalty:
     Args:
         gammas: the scales, by layer name; each (C,).
         sparsity: lambda of the paper's equation 1, >= 0; may be set anew at any time.
+
+    Attributes:
+        removed: gammas that the network has lost since its training began; they count as zeros.
     """
 
     moves = "a gamma by"  # what the maximum shrinkage is of
 
     def __init__(self, gammas: dict[str, nn.Parameter], sparsity: float) -> None:
         self.gammas, self.sparsity = gammas, sparsity
+        self.removed = 0
 
     @torch.no_grad()
     def add_gradient(self, factor: float | torch.Tensor = 1.0) -> None:
@@ -117,9 +121,9 @@ class Penalty:
         return torch.stack(torch._foreach_norm(list(self.gammas.values()), 1)).sum() * self.sparsity
 
     def flat(self) -> torch.Tensor:
-        """Return all |gamma| as one float32 CPU vector."""
+        """Return all |gamma| as one float32 CPU vector, those that are in the network first."""
         gammas = [g.detach().abs().float().cpu().flatten() for g in self.gammas.values()]
-        return torch.cat(gammas) if gammas else torch.empty(0)
+        return torch.cat([*gammas, torch.zeros(self.removed)])
 
     def reach(self, lr_sum: float, momentum: float | None) -> float | None:
         """Return how far the penalty alone can move what `moves` names, for sparsity 1; None: not known.
@@ -133,7 +137,8 @@ class Penalty:
 
     def start(self) -> float:
         """Return the median of the |gamma| that the penalty begins with."""
-        return float(self.flat().median())
+        gammas = self.flat()
+        return float(gammas[: len(gammas) - self.removed].median())
 
     def describe(self) -> str:
         """Say what a training should tell of this penalty beside lambda; nothing of the paper's."""

@@ -13,6 +13,7 @@ from slimming.config.schema import (
     PruneOptions,
     QuantizeConfig,
     RepairConfig,
+    ShrinkConfig,
     SlimConfig,
     TrainConfig,
     TrainOptions,
@@ -22,6 +23,7 @@ from slimming.options import check_options
 
 DEFAULT_RATIO = 0.5  # of slim.py, where no criterion is given
 REPAIR_IMAGES = 2000  # that repair=true stands for
+SHRINK_EPOCHS = 2  # that shrink=true stands for
 CALIBRATION_BATCHES = 100  # where there is no repair, after which calibration takes more than it gives
 NEEDS = {"global": ("ratio",), "per_layer": ("ratio",), "threshold": ("threshold",), "optimal": ()}
 QUANTISABLE = ("onnx", "openvino")  # formats
@@ -45,6 +47,8 @@ def check(cfg: DictConfig) -> Any:
             config.calibrate.batches = 0 if config.repair else CALIBRATION_BATCHES
     if isinstance(config, TrainOptions):
         _check_steering(config)
+        config.shrink = _shrink(config.shrink)
+        _check_shrink(config)
     checks = ((TrainConfig, _check_train), (PruneOptions, _check_pruning), (PruneConfig, _check_prune))
     checks = (*checks, (FinetuneConfig, _check_finetune), (SlimConfig, _check_slim), (ExportConfig, _check_export))
     checks = (*checks, (BenchConfig, _check_bench))
@@ -110,6 +114,34 @@ def _repair(given: Any) -> RepairConfig | None:
     if not given.images and given != RepairConfig():
         raise ConfigError(f"repair.ridge={given.ridge:g} needs repair.images={REPAIR_IMAGES} beside it: repair is off")
     return given if given.images else None
+
+
+def _shrink(given: Any) -> ShrinkConfig | None:
+    """Return what `shrink` asks for; None where it is off, as in the configurations of versions without it."""
+    if isinstance(given, bool):
+        given = ShrinkConfig(epochs=SHRINK_EPOCHS if given else 0)
+    if not isinstance(given, ShrinkConfig):
+        raise ConfigError(f"shrink must be true, false, or shrink.epochs=<how many>; got {given!r}")
+    if not given.epochs and given != ShrinkConfig():
+        raise ConfigError(
+            f"shrink.threshold={given.threshold:g} needs shrink.epochs={SHRINK_EPOCHS} beside it: shrink is off"
+        )
+    return given if given.epochs else None
+
+
+def _check_shrink(config: TrainOptions) -> None:
+    if not config.shrink:
+        return
+    if not config.sparsity:
+        raise ConfigError(
+            "shrink=true needs a penalty, which brings gammas near zero: give sparsity=1e-4 or more, or sparsity=auto"
+        )
+    trainer = config.trainer if isinstance(config, TrainConfig | FinetuneConfig) else {}
+    for key in ("min_epochs", "min_steps"):
+        if trainer.get(key):
+            raise ConfigError(
+                f"shrink=true and trainer.{key} exclude each other: shrinking ends one fit and begins another"
+            )
 
 
 def _check_steering(config: TrainOptions) -> None:
@@ -243,6 +275,8 @@ def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
 
 
 def _check_slim(config: SlimConfig) -> None:
+    if config.shrink:
+        raise ConfigError("shrink=true is for train.py: slim.py prunes by shares of the whole network")
     if config.ratio == []:
         raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
     if len(set(ratios(config))) < len(ratios(config)):

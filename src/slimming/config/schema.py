@@ -17,6 +17,22 @@ Group = dict[str, Any]
 
 
 @dataclass
+class ShrinkConfig:
+    """Letting channels go while the network trains. `shrink=true` stands for shrink.epochs=2, `shrink=false` for 0."""
+
+    epochs: int = option(
+        0,
+        "a channel leaves the network once its gamma has stayed low for so many epochs, so that the training gets faster; 0: "
+        "none leaves. shrink=true: 2",
+        low=0,
+        whole=True,
+    )
+    threshold: float = option(
+        0.01, "|gamma| is low below this share of the largest", low=0, high=1, above=True, below=True
+    )
+
+
+@dataclass
 class TrainOptions:
     """How a network is trained."""
 
@@ -37,6 +53,8 @@ class TrainOptions:
         below=True,
     )
     penalty: PenaltyOptions = field(default_factory=PenaltyOptions)
+    # Any: true and false may stand for a ShrinkConfig; in a checked configuration None says that it is off.
+    shrink: Any = field(default_factory=ShrinkConfig)
     decay_batchnorm: bool = option(True, "weight decay also acts on gamma and beta, as in the paper")
     channels_last: bool = option(True, "memory layout (N, H, W, C): faster convolutions, same numbers up to rounding")
     compile: bool = option(False, "torch.compile the network")

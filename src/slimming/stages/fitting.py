@@ -9,9 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from slimming.channels.copying import copy_model
 from slimming.channels.cost import Cost, widths
 from slimming.channels.layers import synchronise
-from slimming.channels.penalty import near_zero_share, other_norms
+from slimming.channels.penalty import batchnorm_gammas, near_zero_share, other_norms
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.data import ImageData
@@ -19,9 +20,9 @@ from slimming.errors import ConfigError
 from slimming.ranks import torchrun_devices
 from slimming.records import Record
 from slimming.report import figures
-from slimming.stages import precision
+from slimming.stages import precision, shrinking
 from slimming.stages.building import build, build_trainer, data_label, dtype_of, example_of, model_label, try_model
-from slimming.stages.fitting_text import Rates, announce, announce_start, conclude, lambda_of, size
+from slimming.stages.fitting_text import Rates, announce, announce_shrink, announce_start, conclude, lambda_of, size
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import OngoingStage, rank_zero
 from slimming.stages.resuming import LAST, check_same_data
@@ -30,6 +31,7 @@ from slimming.training.module import SlimmingModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
+from slimming.training.shrinking import Shrinking
 from slimming.training.steering import Steering
 
 
@@ -62,35 +64,86 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
         raise ConfigError(
             "trainer.sync_batchnorm would forget the indices of pruned BatchNorms: set sync_batchnorm=true"
         )
-    costs = try_model(network.model, example_of(data))
-    if cfg.channels_last:
-        network.model.to(memory_format=torch.channels_last)
-    factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
-    rates = _rates(factories, cfg.trainer["max_epochs"])
-    module = _module(cfg, network, data, factories)
-    recorder = Recorder(out)
-    trainer = _trainer(cfg, run, [*_steering(cfg, module, rates), recorder])
+    wide = try_model(network.model, example_of(data))
+    fitting = _Fitting(cfg, network, data, out)
+    if start:
+        fitting.become_as_left(start)
+    module, recorder = fitting.module(), Recorder(out)
+    trainer = _trainer(cfg, run, [*fitting.callbacks(module), recorder])
     if start:
         precision.check_kept(trainer, cfg.trainer.get("precision"))
     _connect_ranks_and_load(trainer, data)
     if start:
         check_same_data(start.record.data, data, out)
-    if cfg.sync_batchnorm:
-        module.model = _synchronised(network.model, trainer)
     result.model, result.data = model_label(network.record.model, network.model), data_label(cfg.data)
+    costs = try_model(network.model, example_of(data))
     trainer.print(f"{result.model} on {type(data).__name__}: {size(costs)}\n  run directory: {out}")
-    announce(cfg, trainer, module, rates, data)
+    announce(cfg, trainer, module, fitting.rates, data)
     announce_start(trainer.print, cfg, trainer, start)
-    if cfg.compile:
-        module.model.compile()  # in place: the checkpoint's keys stay the network's own
-    trainer.fit(module, datamodule=data, ckpt_path=out / LAST if start else None, weights_only=True)
+    module = fitting.run(trainer, module, resume=start is not None)
     result.metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
     result.metrics |= _tested(trainer, module, data) | _best(recorder)
     conclude(trainer, module, recorder, result.metrics)
     if rank_zero():
         _draw(recorder, out, lambda_of(cfg))
+    costs = try_model(network.model, example_of(data))
     result.cost = costs.record()
     result.details |= _details(network.model, module, recorder, costs)
+    if cfg.shrink:
+        result.details |= {"cost_before": wide.record(), "shrinks": shrinking.history(network.record)}
+
+
+class _Fitting:
+    """One fit or, where channels leave on the way, several: each resumes what the last has left, with a thinner network."""
+
+    def __init__(self, cfg: TrainConfig, network: Network, data: ImageData, out: Path) -> None:
+        self.cfg, self.network, self.data, self.out = cfg, network, data, out
+        self.factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
+        self.rates = _rates(self.factories, cfg.trainer["max_epochs"])
+        self.penalised = sum(map(len, batchnorm_gammas(network.model, cfg.penalty.layers).values()))
+        self.left = shrinking.leaving(cfg, network.model, network.record, self._example())
+        self.shrinking = [Shrinking(cfg.shrink.threshold, cfg.shrink.epochs)] if cfg.shrink else []
+        self.steering: list[Steering] = []
+
+    def _example(self) -> torch.Tensor:
+        return example_of(self.data).to(dtype_of(self.network.model))
+
+    def become_as_left(self, saved: Checkpoint) -> None:
+        """Let the channels go that a training's last.ckpt lacks."""
+        self.network.model, self.network.record = shrinking.as_left(self.network.model, self.network.record, saved)
+
+    def module(self) -> SlimmingModule:
+        if self.cfg.channels_last:
+            self.network.model.to(memory_format=torch.channels_last)
+        module = _module(self.cfg, self.network, self._example(), self.data.num_classes, self.factories)
+        module.penalty.removed = self.penalised - sum(map(len, module.penalty.gammas.values()))
+        return module
+
+    def callbacks(self, module: SlimmingModule) -> list[pl.Callback]:
+        self.steering = _steering(self.cfg, module, self.rates)
+        return [*self.steering, *self.shrinking]
+
+    def run(self, trainer: pl.Trainer, module: SlimmingModule, resume: bool) -> SlimmingModule:
+        """Train to the end; return the module that was trained last."""
+        if self.shrinking:
+            shrinking.check_callbacks(trainer)
+        self._fit(trainer, module, resume)
+        while any(callback.due for callback in self.shrinking):
+            saved = shrinking.go_on(trainer, self.left, self.out / LAST, self.network.model)
+            self.become_as_left(saved)
+            module = self.module()
+            for callback in self.steering:
+                callback.penalty = module.penalty
+            announce_shrink(trainer.print, self.network.record, try_model(self.network.model, self._example()))
+            self._fit(trainer, module, resume=True)
+        return module
+
+    def _fit(self, trainer: pl.Trainer, module: SlimmingModule, resume: bool) -> None:
+        if self.cfg.sync_batchnorm:
+            module.model = _synchronised(module.model, trainer)
+        if self.cfg.compile:
+            module.model.compile()  # in place: the checkpoint's keys stay the network's own
+        trainer.fit(module, datamodule=self.data, ckpt_path=self.out / LAST if resume else None, weights_only=True)
 
 
 def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
@@ -100,8 +153,10 @@ def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
 
 
-def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict[str, Callable]) -> SlimmingModule:
-    """Build the LightningModule.
+def _module(
+    cfg: TrainConfig, network: Network, example: torch.Tensor, num_classes: int, factories: dict[str, Callable]
+) -> SlimmingModule:
+    """Build the LightningModule; where channels leave on the way it trains a copy, so that the network stays as it is now.
 
     Raises:
         ConfigError: a penalty on a network without trainable BatchNorm scales.
@@ -110,14 +165,14 @@ def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict
     if network.teacher is not None:
         kind, extra = DistillingModule, {"teacher": network.teacher, **(network.distillation or {})}
     module = kind(
-        network.model,
-        data.num_classes,
+        copy_model(network.model) if cfg.shrink else network.model,
+        num_classes,
         **factories,
         sparsity=0.0 if cfg.sparsity == "auto" else cfg.sparsity,
         penalty=cfg.penalty.name,
         penalty_layers=cfg.penalty.layers,
         penalty_t=cfg.penalty.t,
-        example=example_of(data).to(dtype_of(network.model)),
+        example=example,
         decay_batchnorm=cfg.decay_batchnorm,
         record=network.record.to_dict(),
         **extra,

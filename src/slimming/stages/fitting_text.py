@@ -11,6 +11,7 @@ from slimming.channels.penalty import near_zero_share
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.data import ImageData
+from slimming.records import Record
 from slimming.stages import precision
 from slimming.stages.measuring import uncounted
 from slimming.training.module import SlimmingModule
@@ -68,6 +69,14 @@ def announce_start(say: Say, cfg: TrainConfig, trainer: pl.Trainer, start: Check
         say(f"  resuming after epoch {start.content['epoch'] + 1} of {trainer.max_epochs}")
     elif cfg.resume:
         say("  nothing to resume in the run directory yet: starting from the beginning")
+
+
+def announce_shrink(say: Say, record: Record, costs: Cost) -> None:
+    """Say what has left the network; nothing where all had to stay."""
+    if not record.plans:
+        return
+    asked, got = record.plans[-1]["asked"], record.plans[-1]["got"]
+    say(f"  after epoch {asked['epoch']}, {got['removed'] + got['dead']:,} gammas left the network: {size(costs)}")
 
 
 def _steps_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:
