@@ -1,13 +1,13 @@
 """Training of detectors: the loss, the one gradient of the penalty, mean average precision."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from squares import Squares, make_trainer, small_detector
 
 from slimming import models
 from slimming.data import Digits
@@ -15,6 +15,7 @@ from slimming.errors import ConfigError
 from slimming.training import detection
 from slimming.training.detection import BACKENDS, DetectionModule, mean_average_precision
 from slimming.training.module import SlimmingModule
+from squares import Squares, make_trainer, small_detector
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -121,10 +122,14 @@ def test_two_ranks_equal_one(tmp_path):
     """The same weights after an epoch in which BatchNorm is held still; the same metrics, also where a rank sees no image."""
     here = Path(__file__).parent
     script = str(here / "two_ranks_detection.py")
+    paths = filter(None, (str(here.parent), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     for prefix, folder in (([sys.executable], tmp_path / "one"), (command, tmp_path / "two")):
         folder.mkdir()
-        done = subprocess.run([*prefix, script, str(folder)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*prefix, script, str(folder)], capture_output=True, text=True, timeout=300, env=environment
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / n / "weights.pt", weights_only=True) for n in ("one", "two"))
     for key in one:

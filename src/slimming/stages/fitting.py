@@ -17,7 +17,7 @@ from slimming.config import TrainConfig
 from slimming.data import ImageData
 from slimming.errors import ConfigError
 from slimming.ranks import torchrun_devices
-from slimming.records import Record
+from slimming.records import SCORES, Record
 from slimming.report import figures
 from slimming.stages import precision
 from slimming.stages.building import build, build_trainer, data_label, dtype_of, example_of, model_label, try_model
@@ -25,8 +25,8 @@ from slimming.stages.fitting_text import Rates, announce, announce_start, conclu
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import OngoingStage, rank_zero
 from slimming.stages.resuming import LAST, check_same_data
-from slimming.training.distillation import DistillingModule
-from slimming.training.module import SlimmingModule
+from slimming.stages.tasks import Task, task_of
+from slimming.training.module import PenalisedModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
@@ -85,10 +85,10 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
         module.model.compile()  # in place: the checkpoint's keys stay the network's own
     trainer.fit(module, datamodule=data, ckpt_path=out / LAST if start else None, weights_only=True)
     result.metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
-    result.metrics |= _tested(trainer, module, data) | _best(recorder)
-    conclude(trainer, module, recorder, result.metrics)
+    result.metrics |= _tested(trainer, module, data, task_of(cfg)) | _best(recorder)
+    conclude(trainer, module, recorder, result.metrics, task_of(cfg))
     if rank_zero():
-        _draw(recorder, out, lambda_of(cfg))
+        _draw(recorder, out, lambda_of(cfg), task_of(cfg))
     result.cost = costs.record()
     result.details |= _details(network.model, module, recorder, costs)
 
@@ -100,16 +100,14 @@ def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
         raise ConfigError(f"optimizer or scheduler cannot be built: {error}") from error
 
 
-def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict[str, Callable]) -> SlimmingModule:
+def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict[str, Callable]) -> PenalisedModule:
     """Build the LightningModule.
 
     Raises:
         ConfigError: a penalty on a network without trainable BatchNorm scales.
     """
-    kind, extra = SlimmingModule, {}
-    if network.teacher is not None:
-        kind, extra = DistillingModule, {"teacher": network.teacher, **(network.distillation or {})}
-    module = kind(
+    extra = {} if network.teacher is None else {"teacher": network.teacher, **(network.distillation or {})}
+    module = task_of(cfg).module(
         network.model,
         data.num_classes,
         **factories,
@@ -133,7 +131,7 @@ def _module(cfg: TrainConfig, network: Network, data: ImageData, factories: dict
     return module
 
 
-def _steering(cfg: TrainConfig, module: SlimmingModule, rates: Rates) -> list[pl.Callback]:
+def _steering(cfg: TrainConfig, module: PenalisedModule, rates: Rates) -> list[pl.Callback]:
     """Return what sets lambda during the training, where it is not fixed.
 
     Raises:
@@ -190,24 +188,24 @@ def _synchronised(model: nn.Module, trainer: pl.Trainer) -> nn.Module:
     return synchronise(model)
 
 
-def _tested(trainer: pl.Trainer, module: SlimmingModule, data: ImageData) -> dict[str, float]:
-    """Return test/acc of the last epoch; nothing where testing is limited to no batch."""
+def _tested(trainer: pl.Trainer, module: PenalisedModule, data: ImageData, task: Task) -> dict[str, float]:
+    """Return the metrics of the last epoch on the test images; nothing where testing is limited to no batch."""
     tested = trainer.test(module, datamodule=data, verbose=False)
-    return {k: float(v) for k, v in (tested[0] if tested else {}).items() if k == "test/acc"}
+    return task.measured(tested[0] if tested else {}, "test")
 
 
 def _best(recorder: Recorder) -> dict[str, float]:
-    best = recorder.best
-    return {"val/acc_best": best["val/acc"], "best_epoch": best["epoch"]} if best else {}
+    """Return the best score on the validation split and its epoch, where there is one."""
+    return {"best_epoch" if k == "epoch" else f"{k}_best": v for k, v in (recorder.best or {}).items()}
 
 
-def _draw(recorder: Recorder, out: Path, penalty: str) -> None:
-    figures.curves(recorder.history, out / "curves.png")
+def _draw(recorder: Recorder, out: Path, penalty: str, task: Task) -> None:
+    figures.curves(recorder.history, out / "curves.png", SCORES[task.name])
     if any(map(sum, recorder.gammas)):
         figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", penalty)
 
 
-def _details(model: nn.Module, module: SlimmingModule, recorder: Recorder, costs: Cost) -> dict[str, Any]:
+def _details(model: nn.Module, module: PenalisedModule, recorder: Recorder, costs: Cost) -> dict[str, Any]:
     share = near_zero_share(module.penalty.flat())
     return {
         "activation_bytes": costs.activation_bytes,

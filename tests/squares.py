@@ -28,9 +28,9 @@ class Squares(ImageData):
     mean, std, flips = (0.3,), (0.2,), False
     class_names = ("small", "large")
 
-    def __init__(self, train: int = 24, test: int = 12, **kwargs):
+    def __init__(self, train: int = 24, test: int = 12, val: int = 0, **kwargs):
         super().__init__(augment=False, **kwargs)
-        self.counts = {"train": train, "test": test}
+        self.counts = {"train": train, "test": test} | ({"val": val} if val else {})
 
     def setup(self, stage: str | None = None) -> None:
         generator = torch.Generator().manual_seed(7)
