@@ -16,7 +16,8 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "options": set(),
     "quiet": set(),
     "channels": set(),
-    "models": set(),
+    "detection": set(),
+    "models": {"detection"},
     "data": set(),
     "records": set(),
     "report": {"channels", "records"},
@@ -37,6 +38,7 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
 }
 HEAVY = {
     "channels": {"torch"},
+    "detection": {"torch", "torchvision"},
     "models": {"torch", "torchvision", "timm"},
     "checkpoint": {"torch"},
     "untrusted": {"torch"},

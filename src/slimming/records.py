@@ -21,8 +21,27 @@ IRRELEVANT = {
     *("data.root", "data.cache_dir", "data.download", "data.num_workers", "data.eval_batch_size"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"),
 }
-IMPLIED = {"penalty.name": "l1"}  # what configurations of versions without the key meant
+IMPLIED = {"penalty.name": "l1", "task": "classification"}  # what configurations of versions without the key meant
 WHETHER = {"distill.teacher", "finetune.distill.teacher"}  # paths of which it matters only whether there is one
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the networks of a task are judged by: `key` in metrics (test/<key>, in [0, 1]), and what people call it.
+
+    Attributes:
+        loss: what they are trained on.
+    """
+
+    key: str
+    called: str
+    loss: str
+
+
+SCORES = {  # by task
+    "classification": Score("acc", "accuracy", "cross-entropy"),
+    "detection": Score("map50", "mAP@0.5", "loss of the detector"),
+}
 
 
 @dataclass

@@ -32,7 +32,7 @@ def close(point, x, y, spread):
 def test_seeds_become_one_point_with_its_spread_in_the_pictures(tmp_path, monkeypatch):
     drawn = {}
     for name in ("sweep", "tradeoff"):
-        monkeypatch.setattr(comparisons, name, lambda data, path, name=name: drawn.update({name: data}))
+        monkeypatch.setattr(comparisons, name, lambda data, path, *_, name=name, **__: drawn.update({name: data}))
     (tmp_path / "figures").mkdir()
     sections(seeds(tmp_path / "runs"), tmp_path / "figures")
     (curve,) = drawn["sweep"].values()

@@ -46,7 +46,7 @@ def test_auxiliary_heads_have_their_papers_weight(name, weight, heads):
 
     output = getattr(zoo, kind)(*outputs)
     module = SlimmingModule(Fixed(output), 10, sgd)
-    module._reset("train")
+    module.begin("train")
     labels = torch.arange(4)
     loss = module.training_step((torch.zeros(4), labels), 0)
     expected = F.cross_entropy(outputs[0], labels) + weight * sum(F.cross_entropy(o, labels) for o in outputs[1:])
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_first_step():
     module = SlimmingModule(nn.Linear(1, 1), 10, sgd)
     module.trainer = SimpleNamespace(current_epoch=2)
     for step, loss in enumerate([1.0, 2.0, float("nan"), 1.0, float("inf")]):
-        module._watch(torch.tensor(loss), step)
+        module.watch_loss(torch.tensor(loss), step)
     with pytest.raises(TrainingError, match="epoch 3, step 2"):
         module.check_finite()
 

@@ -277,6 +277,8 @@ def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
 def _check_slim(config: SlimConfig) -> None:
     if config.shrink:
         raise ConfigError("shrink=true is for train.py: slim.py prunes by shares of the whole network")
+    if config.task != "classification" and config.finetune.distill:
+        raise ConfigError(f"finetune.distill=true is for task=classification, and this is task={config.task}")
     if config.ratio == []:
         raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
     if len(set(ratios(config))) < len(ratios(config)):

@@ -69,6 +69,12 @@ class TrainOptions:
 class TrainConfig(TrainOptions):
     """One training."""
 
+    task: str = option(
+        "classification",
+        "classification: one class per image; detection: boxes, with model=yolov3, yolov3_tiny or torchvision_detection and "
+        "data=boxes or scenes; judged by mean average precision",
+        choices=("classification", "detection"),
+    )
     model: Group = MISSING
     data: Group = MISSING
     optimizer: Group = MISSING

@@ -1,7 +1,8 @@
 """Plain torch networks without any knowledge of pruning, each known by a registered name with plain arguments.
 
-Every factory takes `num_classes` and `in_channels`; the own networks end in global average pooling, so that any image
-size that their strides allow works.
+Every factory takes `num_classes` and `in_channels`; the own classifiers end in global average pooling, so that any image
+size that their strides allow works. Those of detectors take `image_size`, too, and their networks say what their raw outputs
+mean: `loss(outputs, targets, size)` and `detections(outputs, size)`.
 """
 
 import inspect
@@ -17,11 +18,15 @@ from slimming.models.mlp import mlp
 from slimming.models.preresnet import preresnet
 from slimming.models.timm_zoo import normalisation as timm_normalisation
 from slimming.models.timm_zoo import timm
+from slimming.models.torchvision_detection import torchvision_detection
 from slimming.models.vgg import vgg
+from slimming.models.yolov3 import yolov3
+from slimming.models.yolov3_tiny import yolov3_tiny
 from slimming.models.zoo import NORMALISING, torchvision
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (vgg, preresnet, densenet, convnet, mlp, torchvision, timm)
+    f.__name__: f
+    for f in (vgg, preresnet, densenet, convnet, mlp, torchvision, timm, yolov3, yolov3_tiny, torchvision_detection)
 }
 
 

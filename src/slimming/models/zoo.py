@@ -47,7 +47,7 @@ def torchvision(
     if transform_input and name in NORMALISING:
         model.transform_input = True
     _fit_head(model, num_classes)
-    _fit_stem(model, in_channels)
+    fit_stem(model, in_channels)
     return set_gammas(model, gamma_init)
 
 
@@ -87,7 +87,8 @@ def _fit_head(model: nn.Module, num_classes: int) -> None:
             _replace(model, name, nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size))
 
 
-def _fit_stem(model: nn.Module, in_channels: int) -> None:
+def fit_stem(model: nn.Module, in_channels: int) -> None:
+    """Give the first convolution another number of input channels, in place."""
     stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     if stem.in_channels == in_channels:
         return

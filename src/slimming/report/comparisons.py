@@ -23,11 +23,12 @@ MOST_THRESHOLDS = 6
 Points = dict[Kind, list[Point]]
 
 
-def tradeoff(panels: dict[str, Points], path: Path) -> None:
+def tradeoff(panels: dict[str, Points], path: Path, called: str = "accuracy") -> None:
     """Draw accuracy against costs: one panel per cost, a mark for every kind of network, a line at the baseline.
 
     Args:
         panels: points by kind, by the label of the x axis.
+        called: what the networks are judged by.
     """
     plt = pyplot()
     size = (5.2 * len(panels), 4.2)
@@ -41,17 +42,24 @@ def tradeoff(panels: dict[str, Points], path: Path) -> None:
         axes.set(xlabel=label)
         axes.set_xlim(0, 1.06 * max(point.x for kind in points.values() for point in kind))
         axes.grid(alpha=0.3)
-    row[0][0].set_ylabel("test accuracy (%)")
+    row[0][0].set_ylabel(f"test {called} (%)")
     figure.legend(*row[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=7)
     save_figure(figure, path)
 
 
-def sweep(curves: dict[str, Points], path: Path, size: tuple[float, float] = (7.5, 4.6), dpi: int = 120) -> None:
+def sweep(
+    curves: dict[str, Points],
+    path: Path,
+    size: tuple[float, float] = (7.5, 4.6),
+    dpi: int = 120,
+    called: str = "accuracy",
+) -> None:
     """Draw accuracy against the channels removed: a colour per setting, a style per kind.
 
     Args:
         curves: points before calibration, calibrated and fine-tuned, by setting; at most as many as `SETTINGS`.
         size: in inches.
+        called: what the networks are judged by.
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -72,7 +80,7 @@ def sweep(curves: dict[str, Points], path: Path, size: tuple[float, float] = (7.
     ] * several
     colour = GREY if several else DARK
     handles += [plt.Line2D([], [], **{"color": colour, "marker": "o", "label": k.label} | styles[k]) for k in shown]
-    axes.set(xlabel="channels removed (%)", ylabel="test accuracy (%)")
+    axes.set(xlabel="channels removed (%)", ylabel=f"test {called} (%)")
     axes.grid(alpha=0.3)
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=2 if several else 3)
     save_figure(figure, path, dpi)

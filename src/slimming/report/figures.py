@@ -4,22 +4,25 @@ from pathlib import Path
 
 import numpy as np
 
+from slimming.records import SCORES, Score
 from slimming.report.drawing import DARK, GREY, LIGHT, MIDDLE, LogBins, pyplot, save_figure
 
 
-def curves(history: list[dict], path: Path) -> None:
-    """Draw loss and accuracy over the epochs, training against held-out data."""
-    last = history[-1]
-    split = next((split for split in (_held_out(history), "train") if f"{split}/acc" in last), "train")
-    timeline([("", history)], path, f"after {len(history)} epochs: {split} {last[f'{split}/acc']:.2%}")
+def curves(history: list[dict], path: Path, score: Score = SCORES["classification"]) -> None:
+    """Draw loss and score over the epochs, training against held-out data."""
+    splits = [split for split in (_held_out(history), "train") if f"{split}/{score.key}" in history[-1]]
+    shown = [f"{split} {history[-1][f'{split}/{score.key}']:.2%}" for split in splits[:1]]
+    timeline([("", history)], path, ": ".join([f"after {len(history)} epochs", *shown]), score)
 
 
-def timeline(trainings: list[tuple[str, list[dict]]], path: Path, title: str = "") -> None:
-    """Draw loss and accuracy of successive trainings, given by (name, history), on one axis of epochs."""
+def timeline(
+    trainings: list[tuple[str, list[dict]]], path: Path, title: str = "", score: Score = SCORES["classification"]
+) -> None:
+    """Draw loss and score of successive trainings, given by (name, history), on one axis of epochs."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axes, key, scale, label in zip(
-        panels, ("loss", "acc"), (1, 100), ("cross-entropy", "accuracy (%)"), strict=True
+        panels, ("loss", score.key), (1, 100), (score.loss, f"{score.called} (%)"), strict=True
     ):
         start = 0
         for number, (name, history) in enumerate(trainings):
@@ -44,7 +47,7 @@ def timeline(trainings: list[tuple[str, list[dict]]], path: Path, title: str = "
 
 
 def _held_out(history: list[dict]) -> str:
-    return "val" if "val/acc" in history[-1] else "test"
+    return "val" if any(key.startswith("val/") for key in history[-1]) else "test"
 
 
 def gammas(counts: list[list[int]], edges: list[float], path: Path, penalty: str) -> None:

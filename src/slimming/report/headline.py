@@ -42,21 +42,21 @@ def reference(outcome: Outcome, outcomes: list[Outcome]) -> Reference | None:
     run, first = outcome.first, outcome.first.chain[0]
     baseline = next((o for o in outcomes if o.kind is Kind.BASELINE and o.first.recipe == run.recipe), None)
     if baseline is not None and baseline.accuracies:
-        return Reference("baseline", baseline.accuracies, baseline.metric("val/acc"))
+        return Reference("baseline", baseline.accuracies, baseline.metric("val"))
     suffix = "_before" if first.role == "pruned" else ""  # its parent is not here, but its record tells of it
-    sources = [source.result["metrics"] for source in dict.fromkeys(run.chain[0] for run in outcome.runs)]
-    keys = (f"test/acc{suffix}", f"val/acc{suffix}")
-    test, validation = ([m[key] for m in sources if m.get(key) is not None] for key in keys)
+    sources = [*dict.fromkeys(run.chain[0] for run in outcome.runs)]
+    known = ([source.metric(split, suffix) for source in sources] for split in ("test", "val"))
+    test, validation = ([value for value in values if value is not None] for values in known)
     name = first.role if first.role in ("baseline", "sparse") else "before pruning"
     return Reference(name, test, validation) if test else None
 
 
 def choose(pairs: list[tuple[Outcome, Reference]]) -> tuple[Outcome, Reference, bool]:
     """Return the pair to show by the rule of `headline`, and whether the validation split has decided."""
-    held_out = all(outcome.metric("val/acc") and ref.validation for outcome, ref in pairs)
+    held_out = all(outcome.metric("val") and ref.validation for outcome, ref in pairs)
 
     def accuracy(pair: tuple[Outcome, Reference]) -> float:
-        return statistics.mean(pair[0].metric("val/acc" if held_out else "test/acc"))
+        return statistics.mean(pair[0].metric("val" if held_out else "test"))
 
     def loss(pair: tuple[Outcome, Reference]) -> float:
         return statistics.mean(pair[1].validation if held_out else pair[1].test) - accuracy(pair)
@@ -76,15 +76,14 @@ def _sentence(outcome: Outcome, ref: Reference, held_out: bool) -> tuple[str, st
     share = outcome.mean(lambda r: r.latency_share)
     speed = f", {faster(share)}" if share else ""
     before, after = statistics.mean(ref.test), statistics.mean(outcome.accuracies)
-    sentence = (
-        f"{fewer(params)} parameters, {fewer(macs)} MACs{speed}, accuracy {before:.1%} ({ref.name}) -> {after:.1%}"
-    )
+    score = f"{run.score.called} {before:.1%} ({ref.name}) -> {after:.1%}"
+    sentence = f"{fewer(params)} parameters, {fewer(macs)} MACs{speed}, {score}"
     seeds = len(ref.test), len(outcome.accuracies)
     counted = f" (n={seeds[0]} -> n={seeds[1]}, means)" if max(seeds) > 1 else ""
     timed = f" Speed: {run.latency['batch']} images per pass, {run.latency['device']}." if share else ""
     split = "validation" if held_out else "test"
     what = f"Pruned, {goal(run)}: {outcome.kind.label}{counted} [{setting(run)}]; compared with: {ref.name}.{timed}"
-    return sentence, f"{what} {RULE} ({split} accuracy)."
+    return sentence, f"{what} {RULE} ({split} {run.score.called})."
 
 
 def fewer(share: float) -> str:

@@ -49,13 +49,13 @@ class Outcome:
 
     @property
     def accuracies(self) -> list[float]:
-        """Test accuracies in [0, 1] of the repetitions that were tested."""
-        return self.metric("test/acc")
+        """Test accuracies (of detectors mAP@0.5) in [0, 1] of the repetitions that were tested."""
+        return self.metric("test")
 
-    def metric(self, key: str) -> list[float]:
-        """Return the known values of a metric of this kind of network, one per repetition."""
-        key += "_pruned" * (self.kind is Kind.BEFORE_CALIBRATION)
-        return [value for run in self.runs if (value := run.result["metrics"].get(key)) is not None]
+    def metric(self, split: str) -> list[float]:
+        """Return the known scores of this kind of network on `test` or `val`, one per repetition."""
+        suffix = "_pruned" * (self.kind is Kind.BEFORE_CALIBRATION)
+        return [value for run in self.runs if (value := run.metric(split, suffix)) is not None]
 
     def mean(self, value: Callable[[Run], float | None]) -> float | None:
         return mean(value(run) for run in self.runs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimming.records import what_matters
+from slimming.records import SCORES, Score, what_matters
 
 EARLIER_NAMES = {"restored": "put_back", "dead": "followed"}  # of the counts of a plan
 
@@ -31,6 +31,16 @@ class Run:
     @property
     def role(self) -> str:
         return self.result["role"]
+
+    @property
+    def score(self) -> Score:
+        """What its network is judged by."""
+        found = self.result.get("task") or self.result["config"].get("task")
+        return SCORES.get(str(found), SCORES["classification"])
+
+    def metric(self, split: str, suffix: str = "") -> float | None:
+        """Return its score, in [0, 1], on `test` or `val`; of a pruning also `_before` it and `_pruned`, before calibration."""
+        return self.result["metrics"].get(f"{split}/{self.score.key}{suffix}")
 
     @property
     def epochs(self) -> int:

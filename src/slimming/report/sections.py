@@ -28,21 +28,21 @@ def sections(found: Collection, pictures: Path) -> list[Section]:
 
 def experiment(title: str, runs: list[Run], pictures: Path) -> Section:
     """Return headline, trade-off and, as sections below it, all that the runs have data for."""
-    made, slug = outcomes(runs), _slug(title)
+    made, slug, score = outcomes(runs), _slug(title), runs[0].score
     section = Section(title)
     if found := headline(made):
         section.headline, explanation = found
         section.parts.append(explanation)
     if panels := tradeoff_panels(made):
-        comparisons.tradeoff(panels, pictures / f"tradeoff_{slug}.png")
+        comparisons.tradeoff(panels, pictures / f"tradeoff_{slug}.png", score.called)
         section.parts.append(pictures / f"tradeoff_{slug}.png")
     curves = sweep_curves(made)
     below = [
         Section("stages", [tables.stages_note(runs), tables.stages(made)]),
-        Section("accuracy against the ratio", _sweep(made, curves, pictures / f"sweep_{slug}.png")),
+        Section(f"{score.called} against the ratio", _sweep(made, curves, pictures / f"sweep_{slug}.png")),
         Section("architectures", _architectures(made, [*curves], pictures / f"kept_{slug}.png")),
         Section("|gamma| after sparse training", _gammas(runs, pictures, slug)),
-        Section("loss and accuracy", _curves(runs, pictures, slug)),
+        Section(f"loss and {score.called}", _curves(runs, pictures, slug)),
         Section("passes", _unless_empty(tables.passes(runs))),
         Section("published numbers", _unless_empty(tables.published(runs), "Published by others, not measured here:")),
     ]
@@ -93,7 +93,7 @@ def _sweep(made: list[Outcome], curves: dict[str, Points], path: Path) -> list:
         return []
     if not curves:
         return [table]
-    comparisons.sweep(curves, path)
+    comparisons.sweep(curves, path, called=made[0].first.score.called)
     drawn = f"Drawn: {'; '.join(curves)}. Several seeds are one point with its standard deviation."
     return [drawn, path, table]
 
@@ -148,7 +148,9 @@ def _curves(runs: list[Run], pictures: Path, slug: str) -> list:
     for number, last in enumerate(run for run in trained if run not in parents):
         chain = [run for run in last.chain if run.epochs] if last.role != "scratch" else [last]
         path = pictures / f"curves_{slug}_{number}.png"
-        figures.timeline([(names.get(run.role, run.role), run.result["history"]) for run in chain], path)
+        figures.timeline(
+            [(names.get(run.role, run.role), run.result["history"]) for run in chain], path, score=last.score
+        )
         name = words.network(outcomes([last])[0])
         parts += [f"{name} [{words.setting(last)}], seed {last.result.get('seed')}.", path]
     return parts

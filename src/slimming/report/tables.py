@@ -10,9 +10,13 @@ from slimming.report.outcomes import Kind, Outcome
 from slimming.report.published import published_for
 from slimming.report.runs import Run, plan_count
 
+TESTED = "test "  # how the head of the column of scores begins
+
 CSV = ("run", "role", "model", "data", "seed", "parent", "sparsity", "penalty")
 CSV += ("ratio_asked", "ratio_got", "restored", "dead")
-CSV += ("test_acc_before", "test_acc_pruned", "test_acc", "val_acc", "n_test", "num_params", "macs")
+CSV += ("test_acc_before", "test_acc_pruned", "test_acc", "val_acc")
+CSV += ("test_map50_before", "test_map50_pruned", "test_map50", "test_map", "val_map50")
+CSV += ("n_test", "num_params", "macs")
 CSV += (
     "activation_bytes",
     "size_bytes",
@@ -24,12 +28,17 @@ CSV += (
 )
 
 
+def _tested(outcomes: list[Outcome]) -> str:
+    """Return the head of the column of scores; all outcomes of a section are of one task."""
+    return f"{TESTED}{outcomes[0].first.score.called if outcomes else 'accuracy'} (%)"
+
+
 def stages(outcomes: list[Outcome]) -> Table:
     """Accuracy and costs of every kind of network; of the prunings those that were trained further, if any were."""
     further = {x for o in outcomes if o.kind in (Kind.FINETUNED, Kind.SCRATCH) for run in o.runs for x in run.chain}
     pruned = [o for o in outcomes if o.kind in (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED, Kind.REPAIRED)]
     shown = [o for o in pruned if not further.isdisjoint(o.runs)] or pruned
-    head = ["network", "setting", "channels removed", "test accuracy (%)", "parameters", "MACs (M)", "FLOPs (M)"]
+    head = ["network", "setting", "channels removed", _tested(outcomes), "parameters", "MACs (M)", "FLOPs (M)"]
     head += ["activations (kB/image)", "weights (MB)", "latency (ms)"]
     rows = []
     for outcome in (o for o in outcomes if o not in pruned or o in shown):
@@ -52,7 +61,8 @@ def stages(outcomes: list[Outcome]) -> Table:
 
 
 def stages_note(runs: list[Run]) -> str:
-    note = "Accuracy of the last epoch; several seeds: mean ± standard deviation. FLOPs = 2 x MACs, of one image."
+    note = f"Test {runs[0].score.called} of the last epoch; several seeds: mean ± standard deviation. "
+    note += "FLOPs = 2 x MACs, of one image."
     timed = next((run.result["latency_ms"] for run in runs if run.result.get("latency_ms")), None)
     if timed is None:
         return note
@@ -68,7 +78,7 @@ def ratios(outcomes: list[Outcome]) -> Table:
     head += ["calibrated or repaired (%)", "fine-tuned (%)", "parameters", "MACs (M)", "latency (ms)"]
     rows = []
     for outcome in (o for o in outcomes if o.kind is Kind.BEFORE_CALIBRATION and o.accuracies):
-        runs, metrics = outcome.runs, [run.result["metrics"] for run in outcome.runs]
+        runs = outcome.runs
         calibrated = [o for o in outcomes if o.kind in (Kind.CALIBRATED, Kind.REPAIRED) and o.runs == runs]
         tuned = [o for o in outcomes if o.kind is Kind.FINETUNED and any(run.parent in runs for run in o.runs)]
         asked = outcome.first.result["ratio"].get("asked")
@@ -78,7 +88,7 @@ def ratios(outcomes: list[Outcome]) -> Table:
                 "-" if asked is None else f"{asked:g}",
                 words.average((run.removed for run in runs), lambda v: f"{v:.1%}"),
                 words.average((plan_count(run.result, "restored") for run in runs), lambda v: f"{v:g}"),
-                words.percent(m.get("test/acc_before") for m in metrics),
+                words.percent(run.metric("test", "_before") for run in runs),
                 words.percent(outcome.accuracies),
                 *(" / ".join(words.percent(o.accuracies) for o in found) or "-" for found in (calibrated, tuned)),
                 words.average((run.result["cost"]["num_params"] for run in runs), words.count),
@@ -107,14 +117,10 @@ def passes(runs: list[Run]) -> Table:
         for run in last.prunings:
             trained = next((r for r in reversed(run.chain[:-1]) if r.role == "sparse"), None)
             tuned = next((r for r in last.chain if r.role == "finetuned" and r.passes == run.passes), None)
-            accuracies = [trained and _accuracy(trained), _accuracy(run, "test/acc_pruned"), _accuracy(run)]
-            row = [str(run.passes), *(words.percent([a]) for a in [*accuracies, tuned and _accuracy(tuned)])]
+            accuracies = [trained and trained.metric("test"), run.metric("test", "_pruned"), run.metric("test")]
+            row = [str(run.passes), *(words.percent([a]) for a in [*accuracies, tuned and tuned.metric("test")])]
             rows.append([*row, *(words.cost([run], key, words.count) for key in ("num_params", "macs"))])
     return Table(head, rows)
-
-
-def _accuracy(run: Run, key: str = "test/acc") -> float | None:
-    return run.result["metrics"].get(key)
 
 
 def published(runs: list[Run]) -> Table:
@@ -130,7 +136,7 @@ def published(runs: list[Run]) -> Table:
 
 
 def spreadsheet(found: Collection, folder: Path) -> Table:
-    """One row per finished run; accuracies in [0, 1]."""
+    """One row per finished run; accuracies and mean average precisions in [0, 1]."""
     rows = []
     for run in found.runs:
         r, m, timed, ratio = (
@@ -143,8 +149,8 @@ def spreadsheet(found: Collection, folder: Path) -> Table:
         row |= {"run": run.folder.relative_to(folder).as_posix(), "sparsity": r["config"].get("sparsity")}
         row |= {"penalty": run.penalty if row["sparsity"] else None}
         row |= {f"ratio_{key}": (ratio or {}).get(key) for key in ("asked", "got")}
-        row |= {name: plan_count(r, name) for name in ("restored", "dead")} | {"val_acc": m.get("val/acc")}
-        row |= {f"test_acc{suffix}": m.get(f"test/acc{suffix}") for suffix in ("_before", "_pruned", "")}
+        row |= {name: plan_count(r, name) for name in ("restored", "dead")}
+        row |= {key: m.get(key.replace("_", "/", 1)) for key in CSV if key.startswith(("test_", "val_"))}
         row |= {f"latency_{key}_ms": timed.get(key) for key in ("before", "after")}
         row |= {"latency_device": timed.get("device"), "epochs": run.epochs or None}
         rows.append(["" if row[key] is None else row[key] for key in CSV])

@@ -1,6 +1,7 @@
 """From the values of a configuration to objects, with one clear error where a value does not fit."""
 
 import functools
+import inspect
 import json
 from typing import Any
 
@@ -53,16 +54,24 @@ def _last_data(description: str) -> ImageData:
     return build("data", json.loads(description))
 
 
-def model_spec(node: dict, io_shape: dict[str, int]) -> dict | None:
+def takes(node: dict, argument: str) -> bool:
+    """Return whether the factory of a group has an argument of that name; a group that names none is refused elsewhere."""
+    try:
+        return argument in inspect.signature(hydra.utils.get_object(node["_target_"])).parameters
+    except Exception:
+        return False
+
+
+def model_spec(node: dict, facts: dict[str, int]) -> dict | None:
     """Return {name, arguments} of a registered model, None for another class.
 
     Args:
-        io_shape: {num_classes, in_channels} of the data.
+        facts: what the factory is told of the data, {num_classes, in_channels ...}.
     """
     name = node["_target_"].removeprefix("slimming.models.")
     if name not in models.REGISTRY:
         return None
-    return models.spec(name, {k: v for k, v in node.items() if not k.startswith("_")} | io_shape)
+    return models.spec(name, {k: v for k, v in node.items() if not k.startswith("_")} | facts)
 
 
 def model_label(spec: dict | None, model: nn.Module) -> str:
@@ -94,11 +103,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def example_of(data: ImageData) -> torch.Tensor:
     """Return one black image of the data set, (1, C, H, W)."""
     return torch.zeros(1, data.in_channels, data.image_size, data.image_size)
-
-
-def io_shape(data: ImageData) -> dict[str, int]:
-    """Return {num_classes, in_channels} of a data set: what a model factory is told of it."""
-    return {"num_classes": data.num_classes, "in_channels": data.in_channels}
 
 
 def inherit(group: str, given: dict, recorded: dict | None) -> dict:

@@ -23,7 +23,7 @@ from slimming.data import ImageData
 from slimming.deploy.capturing import BATCH, INPUT, OUTPUT, Network
 from slimming.deploy.fresh import fresh_process
 from slimming.deploy.proving import TOLERANCE, Proof, check, prove
-from slimming.errors import ExportError, RunDirectoryError
+from slimming.errors import ConfigError, ExportError, RunDirectoryError
 from slimming.files import replacing, write_text
 from slimming.records import Result
 from slimming.stages.building import data_label, try_model
@@ -61,6 +61,8 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
     names = [NAME + suffix for suffix in file_format.SUFFIXES]
     _check_free(out, [*names, FACTS], cfg.overwrite)
     whole, data = load_source(cfg, _data_need(cfg))
+    if whole.task.name == "detection":
+        raise ConfigError(f"{cfg.checkpoint} holds a detector, which export.py does not know how to write yet")
     source, split = split_source(cfg, whole)
     result.model, result.data = source.label, data_label(source.training.get("data") or {})
     result.cost = try_model(source.model, source.example).record()

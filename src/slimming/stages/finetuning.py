@@ -19,12 +19,13 @@ from slimming.data.sampler import mix
 from slimming.errors import ConfigError, check_number
 from slimming.models import redraw
 from slimming.records import Record, Result
-from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, io_shape, model_spec, try_model
+from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, model_spec, try_model
 from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
 from slimming.stages.resuming import LAST, resume_point
 from slimming.stages.splitting import split
+from slimming.stages.tasks import task_of
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
@@ -40,7 +41,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
     Leaves in `out` what `train` leaves.
 
     Returns:
-        The test accuracy of the last epoch, in [0, 1].
+        The test accuracy (of a detector mAP@0.5) of the last epoch, in [0, 1].
 
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
@@ -55,18 +56,22 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         run.result.seed = recipe.seed
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
-        dense = _given_network(cfg, data)
+        task = task_of(recipe)
+        facts = task.facts(cfg.model, data.statistics())
+        dense = build("model", cfg.model, **facts) if cfg.model.get("_target_") else None  # None: the checkpoint's
         network = _network(cfg, recipe, saved, data, dense)
         if not saved.record.plans and rank_zero():
             print(f"{cfg.checkpoint} was never pruned: it is trained further as it is")
         if cfg.epochs_by == "macs":
             _stretch(recipe, checkpoint.architecture(saved, dense, pruned=False), network.model, example_of(data))
         run.result.config = network.record.config = plain(recipe) | {"finetune": _choices(cfg)}
-        network.teacher = _teacher(cfg.distill.teacher, data, dense)
+        if cfg.distill.teacher:
+            task.check_teacher()
+            network.teacher = _teacher(cfg.distill.teacher, data, dense)
         network.distillation = {"temperature": cfg.distill.temperature, "alpha": cfg.distill.alpha}
         start = resume_point(cfg.resume, run.result.config, out)
         fit(recipe, run, network, data, start)
-    return run.result.metrics.get("test/acc", math.nan)
+    return run.result.metrics.get(f"test/{task.score}", math.nan)
 
 
 def _choices(cfg: FinetuneConfig) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def recipe_of(cfg: FinetuneConfig, record: Record) -> TrainConfig:
         groups["data"] = groups["data"] | {"seed": options["seed"]}
     options["penalty"] = penalty_of(cfg, before.get("penalty"))
     model = cfg.model if cfg.model.get("_target_") else before.get("model", {})
-    return TrainConfig(model=model, **groups, **options)
+    return TrainConfig(task=task_of(before).name, model=model, **groups, **options)
 
 
 def penalty_of(cfg: FinetuneConfig, recorded: Any) -> PenaltyOptions:
@@ -127,11 +132,6 @@ def fit_schedule(schedule: dict, before: int | None, epochs: int) -> dict:
     return {k: epochs if k in LENGTHS and v in (None, before) else v for k, v in schedule.items()}
 
 
-def _given_network(cfg: FinetuneConfig, data: ImageData) -> nn.Module | None:
-    """Build the dense network that the command line names, None for the checkpoint's."""
-    return build("model", cfg.model, **io_shape(data)) if cfg.model.get("_target_") else None
-
-
 def _network(
     cfg: FinetuneConfig, recipe: TrainConfig, saved: Checkpoint, data: ImageData, dense: nn.Module | None
 ) -> Network:
@@ -141,8 +141,9 @@ def _network(
         dense: the dense network of a checkpoint whose model is not registered.
     """
     record = saved.record
-    if record.io_shape != io_shape(data):
-        raise ConfigError(f"the data have {io_shape(data)}, {cfg.checkpoint} was trained for {record.io_shape}")
+    here = {key: data.statistics()[key] for key in record.io_shape}
+    if record.io_shape != here:
+        raise ConfigError(f"the data have {here}, {cfg.checkpoint} was trained for {record.io_shape}")
     for plan in record.plans:
         if not plan.get("train_watched", True):
             raise ConfigError(
@@ -154,7 +155,11 @@ def _network(
         model = checkpoint.architecture(saved, dense)
         # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
         torch.manual_seed(mix(recipe.seed, SCRATCH))
-        registered = record.model if dense is None else model_spec(cfg.model, io_shape(data))
+        registered = (
+            record.model
+            if dense is None
+            else model_spec(cfg.model, task_of(recipe).facts(cfg.model, data.statistics()))
+        )
         redraw(model, None if record.low_rank else registered)  # no factory makes factors
     else:
         model = checkpoint.rebuild(saved, dense)
@@ -210,10 +215,8 @@ def _stretch(recipe: TrainConfig, dense: nn.Module, thin: nn.Module, example: to
     print(f"epochs_by=macs: {asked} epochs x {wide / 1e6:,.1f}M / {small / 1e6:,.1f}M MACs -> {epochs} epochs")
 
 
-def _teacher(path: str | None, data: ImageData, dense: nn.Module | None) -> nn.Module | None:
+def _teacher(path: str, data: ImageData, dense: nn.Module | None) -> nn.Module:
     """Load the teacher; `dense` is the dense network of one that is not registered."""
-    if path is None:
-        return None
     saved = checkpoint.read(path)
     teacher = checkpoint.rebuild(saved, None if saved.record.model else dense)
     try_model(teacher, example_of(data))

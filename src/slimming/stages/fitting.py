@@ -18,7 +18,7 @@ from slimming.config import TrainConfig
 from slimming.data import ImageData
 from slimming.errors import ConfigError
 from slimming.ranks import torchrun_devices
-from slimming.records import Record
+from slimming.records import SCORES, Record
 from slimming.report import figures
 from slimming.stages import precision, shrinking
 from slimming.stages.building import build, build_trainer, data_label, dtype_of, example_of, model_label, try_model
@@ -26,8 +26,8 @@ from slimming.stages.fitting_text import Rates, announce, announce_shrink, annou
 from slimming.stages.measuring import weight_bytes
 from slimming.stages.recording import OngoingStage, rank_zero
 from slimming.stages.resuming import LAST, check_same_data
-from slimming.training.distillation import DistillingModule
-from slimming.training.module import SlimmingModule
+from slimming.stages.tasks import Task, task_of
+from slimming.training.module import PenalisedModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
@@ -82,10 +82,10 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
     announce_start(trainer.print, cfg, trainer, start)
     module = fitting.run(trainer, module, resume=start is not None)
     result.metrics = {k: v for k, v in recorder.history[-1].items() if "/" in k}
-    result.metrics |= _tested(trainer, module, data) | _best(recorder)
-    conclude(trainer, module, recorder, result.metrics)
+    result.metrics |= _tested(trainer, module, data, task_of(cfg)) | _best(recorder)
+    conclude(trainer, module, recorder, result.metrics, task_of(cfg))
     if rank_zero():
-        _draw(recorder, out, lambda_of(cfg))
+        _draw(recorder, out, lambda_of(cfg), task_of(cfg))
     costs = try_model(network.model, example_of(data))
     result.cost = costs.record()
     result.details |= _details(network.model, module, recorder, costs)
@@ -112,18 +112,18 @@ class _Fitting:
         """Let the channels go that a training's last.ckpt lacks."""
         self.network.model, self.network.record = shrinking.as_left(self.network.model, self.network.record, saved)
 
-    def module(self) -> SlimmingModule:
+    def module(self) -> PenalisedModule:
         if self.cfg.channels_last:
             self.network.model.to(memory_format=torch.channels_last)
         module = _module(self.cfg, self.network, self._example(), self.data.num_classes, self.factories)
         module.penalty.removed = self.penalised - sum(map(len, module.penalty.gammas.values()))
         return module
 
-    def callbacks(self, module: SlimmingModule) -> list[pl.Callback]:
+    def callbacks(self, module: PenalisedModule) -> list[pl.Callback]:
         self.steering = _steering(self.cfg, module, self.rates)
         return [*self.steering, *self.shrinking]
 
-    def run(self, trainer: pl.Trainer, module: SlimmingModule, resume: bool) -> SlimmingModule:
+    def run(self, trainer: pl.Trainer, module: PenalisedModule, resume: bool) -> PenalisedModule:
         """Train to the end; return the module that was trained last."""
         if self.shrinking:
             shrinking.check_callbacks(trainer)
@@ -138,7 +138,7 @@ class _Fitting:
             self._fit(trainer, module, resume=True)
         return module
 
-    def _fit(self, trainer: pl.Trainer, module: SlimmingModule, resume: bool) -> None:
+    def _fit(self, trainer: pl.Trainer, module: PenalisedModule, resume: bool) -> None:
         if self.cfg.sync_batchnorm:
             module.model = _synchronised(module.model, trainer)
         if self.cfg.compile:
@@ -155,16 +155,14 @@ def _rates(factories: dict[str, Callable], epochs: int) -> Rates:
 
 def _module(
     cfg: TrainConfig, network: Network, example: torch.Tensor, num_classes: int, factories: dict[str, Callable]
-) -> SlimmingModule:
+) -> PenalisedModule:
     """Build the LightningModule; where channels leave on the way it trains a copy, so that the network stays as it is now.
 
     Raises:
         ConfigError: a penalty on a network without trainable BatchNorm scales.
     """
-    kind, extra = SlimmingModule, {}
-    if network.teacher is not None:
-        kind, extra = DistillingModule, {"teacher": network.teacher, **(network.distillation or {})}
-    module = kind(
+    extra = {} if network.teacher is None else {"teacher": network.teacher, **(network.distillation or {})}
+    module = task_of(cfg).module(
         copy_model(network.model) if cfg.shrink else network.model,
         num_classes,
         **factories,
@@ -188,7 +186,7 @@ def _module(
     return module
 
 
-def _steering(cfg: TrainConfig, module: SlimmingModule, rates: Rates) -> list[pl.Callback]:
+def _steering(cfg: TrainConfig, module: PenalisedModule, rates: Rates) -> list[pl.Callback]:
     """Return what sets lambda during the training, where it is not fixed.
 
     Raises:
@@ -245,24 +243,24 @@ def _synchronised(model: nn.Module, trainer: pl.Trainer) -> nn.Module:
     return synchronise(model)
 
 
-def _tested(trainer: pl.Trainer, module: SlimmingModule, data: ImageData) -> dict[str, float]:
-    """Return test/acc of the last epoch; nothing where testing is limited to no batch."""
+def _tested(trainer: pl.Trainer, module: PenalisedModule, data: ImageData, task: Task) -> dict[str, float]:
+    """Return the metrics of the last epoch on the test images; nothing where testing is limited to no batch."""
     tested = trainer.test(module, datamodule=data, verbose=False)
-    return {k: float(v) for k, v in (tested[0] if tested else {}).items() if k == "test/acc"}
+    return task.measured(tested[0] if tested else {}, "test")
 
 
 def _best(recorder: Recorder) -> dict[str, float]:
-    best = recorder.best
-    return {"val/acc_best": best["val/acc"], "best_epoch": best["epoch"]} if best else {}
+    """Return the best score on the validation split and its epoch, where there is one."""
+    return {"best_epoch" if k == "epoch" else f"{k}_best": v for k, v in (recorder.best or {}).items()}
 
 
-def _draw(recorder: Recorder, out: Path, penalty: str) -> None:
-    figures.curves(recorder.history, out / "curves.png")
+def _draw(recorder: Recorder, out: Path, penalty: str, task: Task) -> None:
+    figures.curves(recorder.history, out / "curves.png", SCORES[task.name])
     if any(map(sum, recorder.gammas)):
         figures.gammas(recorder.gammas, BINS.tolist(), out / "gammas.png", penalty)
 
 
-def _details(model: nn.Module, module: SlimmingModule, recorder: Recorder, costs: Cost) -> dict[str, Any]:
+def _details(model: nn.Module, module: PenalisedModule, recorder: Recorder, costs: Cost) -> dict[str, Any]:
     share = near_zero_share(module.penalty.flat())
     return {
         "activation_bytes": costs.activation_bytes,

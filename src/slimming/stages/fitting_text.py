@@ -14,7 +14,8 @@ from slimming.data import ImageData
 from slimming.records import Record
 from slimming.stages import precision
 from slimming.stages.measuring import uncounted
-from slimming.training.module import SlimmingModule
+from slimming.stages.tasks import Task
+from slimming.training.module import PenalisedModule
 from slimming.training.recorder import Recorder
 
 Say = Callable[..., None]  # prints on the first rank
@@ -32,7 +33,7 @@ def size(costs: Cost) -> str:
     return f"{costs.num_params:,} parameters, {costs.macs / 1e6:,.1f}M MACs{uncounted(costs.record())}"
 
 
-def announce(cfg: TrainConfig, trainer: pl.Trainer, module: SlimmingModule, rates: Rates, data: ImageData) -> None:
+def announce(cfg: TrainConfig, trainer: pl.Trainer, module: PenalisedModule, rates: Rates, data: ImageData) -> None:
     """Say what is penalised, and whether the penalty can bring a gamma to zero in this run."""
     say, gammas = trainer.print, module.penalty.flat()
     how = f" {module.penalty.describe()}".rstrip()
@@ -87,9 +88,12 @@ def _steps_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:
     return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
-def conclude(trainer: pl.Trainer, module: SlimmingModule, recorder: Recorder, metrics: dict[str, float]) -> None:
-    best = f"; best.ckpt: epoch {recorder.best['epoch']}, val {recorder.best['val/acc']:.2%}" if recorder.best else ""
+def conclude(
+    trainer: pl.Trainer, module: PenalisedModule, recorder: Recorder, metrics: dict[str, float], task: Task
+) -> None:
+    found = recorder.best
+    best = f"; best.ckpt: epoch {found['epoch']}, val {found[f'val/{task.score}']:.2%}" if found else ""
     trainer.print(
-        f"test accuracy {metrics.get('test/acc', math.nan):.2%} after epoch {trainer.max_epochs}{best}; "
+        f"test {task.called} {metrics.get(f'test/{task.score}', math.nan):.2%} after epoch {trainer.max_epochs}{best}; "
         f"{near_zero_share(module.penalty.flat()):.1%} of the gammas are below 1% of the largest"
     )

@@ -1,4 +1,4 @@
-"""What networks give and cost: accuracy, latency, bytes; and how that reads."""
+"""What networks give and cost: the task's metrics, latency, bytes; and how that reads."""
 
 from typing import Any
 
@@ -8,20 +8,23 @@ from torch import nn
 
 from slimming.channels.cost import latency_ms
 from slimming.data import ImageData
-from slimming.training.module import SlimmingModule
+from slimming.stages.tasks import Task
 
 
-def accuracies(trainer: pl.Trainer, model: nn.Module, data: ImageData) -> tuple[dict[str, float], int]:
-    """Return test/acc and, where there is a validation split, val/acc, each in [0, 1]; and how many images were tested."""
-    module = SlimmingModule(model, data.num_classes, optimizer=None)
+def scores(task: Task, trainer: pl.Trainer, model: nn.Module, data: ImageData) -> tuple[dict[str, float], int]:
+    """Return the task's metrics, each in [0, 1], on the test images and where there is one on the validation split.
+
+    Returns:
+        {test/acc, val/acc}, or of detectors {test/map50, test/map ...}; and how many images were tested.
+    """
+    module = task.module(model, data.num_classes, optimizer=None)
     found: dict[str, float] = {}
     for results in (
         trainer.test(module, datamodule=data, verbose=False),
         trainer.validate(module, datamodule=data, verbose=False) if "val" in data.splits else [],
     ):
         found |= results[0] if results else {}
-    metrics = {key: float(value) for key, value in found.items() if key.endswith("/acc")}
-    return metrics, module.evaluated.get("test", 0)
+    return task.measured(found, "test", "val"), module.evaluated.get("test", 0)
 
 
 def latencies(

@@ -33,6 +33,7 @@ from slimming.stages.pruning import PRUNED, SILENT, prune
 from slimming.stages.reporting import report
 from slimming.stages.resuming import LAST
 from slimming.stages.running import run_on_devices
+from slimming.stages.tasks import TASKS, task_of
 from slimming.stages.training import train
 
 
@@ -43,7 +44,7 @@ def slim(cfg: SlimConfig, out: Path) -> float:
     each stage, the same again in pass-2/ ... where there are several passes, and the report.
 
     Returns:
-        The test accuracy of the last fine-tuned network, in [0, 1].
+        The test accuracy (of a detector mAP@0.5) of the last fine-tuned network, in [0, 1].
 
     Raises:
         SlimmingError: of the stages; or `out` holds a stage of another configuration.
@@ -155,7 +156,8 @@ def _stage(stage: Callable[[Any, Path], float], cfg: Any, folder: Path) -> float
                 "Give the same values to go on, or another hydra.run.dir"
             )
         print(f"{folder}: finished already, kept")
-        return done["metrics"].get("test/acc", math.nan)
+        task = TASKS[done.get("task") or task_of(done["config"]).name]
+        return done["metrics"].get(f"test/{task.score}", math.nan)
     print(f"\n=== {folder}")
     if stage is prune:
         with claimed(folder):

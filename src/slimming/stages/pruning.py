@@ -28,7 +28,7 @@ from slimming.stages.building import build, data_label, dtype_of, try_model
 from slimming.stages.latency_budget import check as check_latency
 from slimming.stages.latency_budget import latency_budget
 from slimming.stages.latency_budget import text as latency_text
-from slimming.stages.measuring import accuracies, latencies, weight_bytes
+from slimming.stages.measuring import latencies, scores, weight_bytes
 from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import OngoingStage, quiet, recorded, relative
@@ -36,6 +36,7 @@ from slimming.stages.repairing import repaired
 from slimming.stages.resuming import LAST
 from slimming.stages.scoring import scoring_batches
 from slimming.stages.sources import DataNeed, Source, load_source
+from slimming.stages.tasks import Task
 from slimming.training.recorder import BINS, histogram
 
 PRUNED = "pruned.ckpt"
@@ -46,7 +47,7 @@ def prune(cfg: PruneConfig, out: Path) -> float:
     """Prune a checkpoint's network; leave pruned.ckpt, plan.json, result.json, widths.png and gammas.png in `out`.
 
     Returns:
-        The test accuracy of the thin network, in [0, 1]; nan if it was not tested.
+        The test accuracy (of a detector mAP@0.5) of the thin network, in [0, 1]; nan if it was not tested.
 
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
@@ -63,11 +64,11 @@ def prune(cfg: PruneConfig, out: Path) -> float:
         for name, what in ((PRUNED, "pruned network"), (LAST, "run")):
             if (out / name).exists():
                 raise RunDirectoryError(f"{out} holds a {what} already: give another hydra.run.dir")
-        _prune(cfg, run)
-    return run.result.metrics.get("test/acc", math.nan)
+        task = _prune(cfg, run)
+    return run.result.metrics.get(f"test/{task.score}", math.nan)
 
 
-def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
+def _prune(cfg: PruneConfig, run: OngoingStage) -> Task:
     out, result = run.out, run.result
     criterion = make_criterion(cfg)
     source, data = load_source(cfg, _data_need(cfg))
@@ -80,6 +81,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
             result.details["latency"] = budget.facts(plan)
     thin = surgery.prune(source.model, plan)
     result.model, result.data = source.label, data_label(source.training["data"])
+    result.details["task"] = source.task.name
     _describe(result, cfg, graph, plan, thin, (dense_costs, try_model(thin, source.example)))
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
     if cfg.test or cfg.calibrate.batches or cfg.repair:
@@ -98,6 +100,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> None:
         print(f"{times['before']:.1f} -> {times['after']:.1f} ms (medians of 15, taking turns)")
     _leave(cfg, out, source, thin, plan, result)
     _ = run.loggers  # opened now that the pruning has succeeded; they get what it left
+    return source.task
 
 
 def _data_need(cfg: PruneConfig) -> DataNeed | None:
@@ -174,7 +177,7 @@ def _tested_and_corrected(
     """Repair and calibrate the thin network; add to `result` the accuracies before pruning, before that and in the end."""
     if cfg.test:
         for suffix, model in (("_before", source.model), ("_pruned", thin)):
-            found, result.details["n_test"] = accuracies(trainer, model, data)
+            found, result.details["n_test"] = scores(source.task, trainer, model, data)
             result.metrics |= {key + suffix: value for key, value in found.items()}
     pruned = {k.removesuffix("_pruned"): v for k, v in result.metrics.items() if k.endswith("_pruned")}
     corrected = []
@@ -185,10 +188,11 @@ def _tested_and_corrected(
         thin = _calibrated(cfg, thin, data, trainer)
         corrected.append(f"calibrated on {cfg.calibrate.batches} batches")
     if cfg.test:
-        result.metrics |= accuracies(trainer, thin, data)[0] if corrected else pruned
-    if "test/acc" in result.metrics:  # not where testing is limited to no batch
-        before, pruned_acc, final = (result.metrics[f"test/acc{s}"] for s in ("_before", "_pruned", ""))
-        line = f"test accuracy: {before:.2%} before pruning -> {pruned_acc:.2%} before calibration"
+        result.metrics |= scores(source.task, trainer, thin, data)[0] if corrected else pruned
+    key = f"test/{source.task.score}"
+    if key in result.metrics:  # not where testing is limited to no batch
+        before, uncorrected, final = (result.metrics[key + suffix] for suffix in ("_before", "_pruned", ""))
+        line = f"test {source.task.called}: {before:.2%} before pruning -> {uncorrected:.2%} before calibration"
         print(line + f" -> {final:.2%} {' and '.join(corrected)}" * bool(corrected))
     return thin
 

@@ -10,10 +10,10 @@ from slimming.report import latencies
 from slimming.report.collect import Collection, collect
 from slimming.report.document import Section, Table, markdown, page
 from slimming.report.sections import sections
-from slimming.report.tables import spreadsheet
+from slimming.report.tables import TESTED, spreadsheet
 
 KINDS = ("tradeoff", "sweep", "kept", "gammas", "curves", "latencies")  # of the pictures that a report makes
-SHOWN = ["network", "setting", "test accuracy (%)", "parameters", "MACs (M)", "latency (ms)"]  # columns on the screen
+SHOWN = ["network", "setting", TESTED, "parameters", "MACs (M)", "latency (ms)"]  # how columns on the screen begin
 
 
 def report(cfg: ReportConfig, out: Path | None = None) -> float:
@@ -54,9 +54,8 @@ def _print(found: Collection, made: list[Section]) -> None:
     for section in made:
         stages = [part for below in section.sections if below.title == "stages" for part in below.parts]
         for table in (part for part in stages if isinstance(part, Table)):
-            print(
-                f"\n{section.title}\n" + f"{section.headline}\n" * bool(section.headline) + table.columns(SHOWN).text()
-            )
+            shown = table.columns([head for head in table.head if head.startswith(tuple(SHOWN))]).text()
+            print(f"\n{section.title}\n" + f"{section.headline}\n" * bool(section.headline) + shown)
     print()
     for name, why in found.unusable:
         print(f"skipped {name}: {why}")

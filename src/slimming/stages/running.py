@@ -21,6 +21,7 @@ from slimming.stages.finetuning import finetune
 from slimming.stages.precision import AUTO, settled
 from slimming.stages.recording import cause, quiet
 from slimming.stages.resuming import LAST
+from slimming.stages.tasks import task_of
 from slimming.stages.training import train
 from slimming.training import launcher
 
@@ -31,7 +32,7 @@ def run_on_devices(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> 
     """Run `train` or `finetune` in this process, or in one process per device if there are several.
 
     Returns:
-        What the stage returns: the test accuracy.
+        What the stage returns: the test accuracy, or a detector's mAP@0.5.
 
     Raises:
         SlimmingError: of the stage, whichever rank raised it first.
@@ -48,7 +49,7 @@ def run_on_devices(stage: str, cfg: TrainConfig | FinetuneConfig, out: Path) -> 
         if processes == 1:
             return DISTRIBUTED[stage](cfg, out)
         result = finished(out)
-    return result["metrics"].get("test/acc", math.nan) if result else math.nan
+    return result["metrics"].get(f"test/{task_of(result['config']).score}", math.nan) if result else math.nan
 
 
 @contextlib.contextmanager

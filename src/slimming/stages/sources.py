@@ -15,6 +15,7 @@ from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
 from slimming.records import Record
 from slimming.stages.building import build, build_data, dtype_of, inherit, model_label, model_spec
+from slimming.stages.tasks import Task, task_of
 
 SourceConfig = PruneConfig | ExportConfig
 REFERENCE_SIZE = 32  # pixels of the images of all data sets that reference implementations train on
@@ -43,6 +44,10 @@ class Source:
     @property
     def label(self) -> str:
         return model_label(self.record.model, self.model)
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.training)
 
     @property
     def training(self) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def _load_ours(cfg: SourceConfig, need: DataNeed | None, saved: Checkpoint) -> t
     record = replace(saved.record, stage="prune", config=(saved.record.config or {}) | {"data": node})
     if data:
         record.data = data.statistics()
-    given = _given_network(cfg, saved.record.io_shape)
+    given = _given_network(cfg, task_of(record.config).facts(cfg.model, record.data or {}))
     changed = record.plans or record.low_rank
     dense = partial(checkpoint.architecture, saved, given, pruned=False) if changed else None
     return Source(checkpoint.rebuild(saved, given), record, dense), data
@@ -105,9 +110,9 @@ def _load_reference(
     return Source(model, record, (lambda: given) if plans else None), data
 
 
-def _given_network(cfg: SourceConfig, io_shape: dict[str, int]) -> nn.Module | None:
+def _given_network(cfg: SourceConfig, facts: dict[str, int]) -> nn.Module | None:
     """Build the dense network that the command line names, None for the checkpoint's."""
-    return build("model", cfg.model, **io_shape) if cfg.model.get("_target_") else None
+    return build("model", cfg.model, **facts) if cfg.model.get("_target_") else None
 
 
 def _check_classes(cfg: SourceConfig, data: ImageData | None, io_shape: dict[str, int]) -> None:

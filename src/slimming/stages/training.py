@@ -11,17 +11,18 @@ from slimming import checkpoint, models
 from slimming.config import TrainConfig, plain
 from slimming.records import Record, Result
 from slimming.stages import precision
-from slimming.stages.building import build, build_data, example_of, io_shape, model_spec, try_model
+from slimming.stages.building import build, build_data, example_of, model_spec, try_model
 from slimming.stages.fitting import Network, fit
 from slimming.stages.recording import recorded, relative
 from slimming.stages.resuming import LAST, resume_point
+from slimming.stages.tasks import task_of
 
 
 def train(cfg: TrainConfig, out: Path) -> float:
     """Train with the gamma penalty; leave last.ckpt, result.json, metrics.csv, curves.png and gammas.png in `out`.
 
     Returns:
-        The test accuracy of the last epoch, in [0, 1].
+        The test accuracy (of a detector mAP@0.5) of the last epoch, in [0, 1].
 
     Raises:
         SlimmingError: anything that the user can mend; result.json then says `failed`.
@@ -34,13 +35,14 @@ def train(cfg: TrainConfig, out: Path) -> float:
         start = resume_point(cfg.resume, run.result.config, out)
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
-        model = build("model", cfg.model, **io_shape(data))
-        record = Record(model_spec(cfg.model, io_shape(data)), stage="train", config=run.result.config)
+        facts = task_of(cfg).facts(cfg.model, data.statistics())
+        model = build("model", cfg.model, **facts)
+        record = Record(model_spec(cfg.model, facts), stage="train", config=run.result.config)
         if cfg.init_from:
             try_model(model, example_of(data))
             checkpoint.load_weights(model, checkpoint.read(cfg.init_from))
         fit(cfg, run, Network(model, record), data, start)
-    return run.result.metrics.get("test/acc", math.nan)
+    return run.result.metrics.get(f"test/{task_of(cfg).score}", math.nan)
 
 
 def normalised(cfg: TrainConfig) -> dict[str, Any]:

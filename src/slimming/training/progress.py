@@ -20,6 +20,7 @@ class EpochLines(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._console = Console(highlight=False, soft_wrap=True)
+        self._score = "acc"
 
     def disable(self) -> None:
         self._enabled = False
@@ -28,6 +29,7 @@ class EpochLines(ProgressBar):
         self._enabled = True
 
     def on_fit_start(self, trainer, module) -> None:
+        self._score = module.score
         if self._enabled:
             score = "val" if "val" in trainer.datamodule.splits else "test"
             self._console.print(HEAD.format(f"{score:>7}"), style="bold")
@@ -53,10 +55,11 @@ class EpochLines(ProgressBar):
         self._seen += len(batch[1]) * trainer.world_size
         if time.monotonic() - self._shown > REFRESH_EVERY_S:
             self._shown = time.monotonic()
+            accuracy = module.running_accuracy()
             state = (
                 f"loss {float(outputs['loss']):.3f}  penalty {float(module.penalty.value()):.3f}  "
-                f"train {module.running_accuracy():6.1%}  "
-                f"{self._seen / (time.monotonic() - self._started):.0f} images/s"
+                + ("" if accuracy is None else f"train {accuracy:6.1%}  ")
+                + f"{self._seen / (time.monotonic() - self._started):.0f} images/s"
             )
             self._bar.update(self._task, completed=batch_idx + 1, state=state)
 
@@ -69,10 +72,12 @@ class EpochLines(ProgressBar):
     def show(self, row: dict, max_epochs: int) -> None:
         """Print the line of a finished epoch; `row` as in the history."""
         if self._enabled:
-            score = row.get("val/acc", row.get("test/acc"))
+            train, val, test = (row.get(f"{split}/{self._score}") for split in ("train", "val", "test"))
+            scores = (train, test if val is None else val)
+            shown = " ".join(f"{'-' if score is None else format(score, '7.2%'):>7}" for score in scores)
             self._console.print(
                 f"{row['epoch']:>5}/{max_epochs:<3} {row['train/loss']:8.4f} {row['train/penalty']:8.4f} "
-                f"{row['train/acc']:7.2%} {'-' if score is None else format(score, '7.2%'):>7} {row['lr']:8.2g} "
+                f"{shown} {row['lr']:8.2g} "
                 f"{row['images_per_s']:9.0f} {row['gamma_near_zero']:9.1%} {row['time_s']:6.1f}s"
             )
 

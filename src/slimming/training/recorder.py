@@ -34,7 +34,7 @@ class Recorder(Checkpoint):
         history: one dict per epoch: epoch, train/loss, train/penalty, train/acc, test/... or val/..., lr,
             images_per_s, time_s, gamma_near_zero (share of gammas below 1% of the largest).
         gammas: counts of |gamma| per bin of BINS, first at the start, then after every epoch.
-        best: {epoch, val/acc} of the best epoch, where there is a validation split.
+        best: {epoch, val/<score>} of the best epoch, where there is a validation split; val/acc of a classifier.
     """
 
     def __init__(self, folder: Path):
@@ -67,8 +67,9 @@ class Recorder(Checkpoint):
         self.gammas.append(histogram(module.penalty.flat()))
         for logger in trainer.loggers:  # what Lightning does not know of
             logger.log_metrics({key: row[key] for key in MEASURED}, step_of_epoch(trainer))
-        if "val/acc" in row and (self.best is None or row["val/acc"] > self.best["val/acc"]):
-            self.best = {"epoch": row["epoch"], "val/acc": row["val/acc"]}
+        key = f"val/{module.score}"
+        if key in row and (self.best is None or row[key] > self.best[key]):
+            self.best = {"epoch": row["epoch"], key: row[key]}
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)  # before last.ckpt, which names it
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if trainer.is_global_zero:

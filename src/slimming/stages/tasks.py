@@ -1,0 +1,101 @@
+"""What the stages must know of a task: classification, and detection. Everything else is the same for both."""
+
+from typing import Any
+
+from torch import nn
+
+from slimming.config import TrainConfig
+from slimming.errors import ConfigError
+from slimming.records import SCORES
+from slimming.stages.building import takes
+from slimming.training.detection import DetectionModule
+from slimming.training.distillation import DistillingModule
+from slimming.training.module import PenalisedModule, SlimmingModule
+
+
+class Task:
+    """A kind of network and what it is judged by.
+
+    Attributes:
+        name: value of the option `task`.
+        metrics: what an evaluation logs beside the loss, `test/<metric>`, in [0, 1].
+        told: facts of the data that a model factory is told; and if it wants to know, `asked_for`.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    told = ("num_classes", "in_channels")
+    asked_for: tuple[str, ...] = ()
+
+    @property
+    def score(self) -> str:
+        """Key of the metric that a network is judged by, `test/<score>`."""
+        return SCORES[self.name].key
+
+    @property
+    def called(self) -> str:
+        """What that metric is called: `accuracy`."""
+        return SCORES[self.name].called
+
+    def facts(self, node: dict[str, Any], seen: dict[str, Any]) -> dict[str, int]:
+        """Return what the factory of a group `model` is told of the data whose statistics are given."""
+        return {key: seen[key] for key in (*self.told, *(key for key in self.asked_for if takes(node, key)))}
+
+    def measured(self, logged: dict[str, Any], *splits: str) -> dict[str, float]:
+        """Return the metrics among what an evaluation of some splits has logged."""
+        keys = [f"{split}/{metric}" for split in splits for metric in self.metrics]
+        return {key: float(logged[key]) for key in keys if key in logged}
+
+    def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
+        """Build the LightningModule that trains and measures a network.
+
+        Args:
+            training: as of PenalisedModule, or where there is a teacher of DistillingModule.
+
+        Raises:
+            ConfigError: a network of another task.
+        """
+        raise NotImplementedError
+
+    def check_teacher(self) -> None:
+        """Raise ConfigError if networks of this task cannot learn from a teacher."""
+
+
+class Classification(Task):
+    """One class per image."""
+
+    name, metrics = "classification", ("acc",)
+
+    def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
+        if callable(getattr(model, "detections", None)):
+            raise ConfigError(f"{type(model).__name__} is a detector: give task=detection")
+        kind = DistillingModule if "teacher" in training else SlimmingModule
+        return kind(model, num_classes, **training)
+
+
+class Detection(Task):
+    """Boxes of objects, each of a class."""
+
+    name, metrics = "detection", ("map50", "map")
+    asked_for = ("image_size",)
+
+    def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
+        return DetectionModule(model, **training)
+
+    def check_teacher(self) -> None:
+        raise ConfigError("distillation is for task=classification, and this network is a detector: leave distill out")
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection())}
+
+
+def task_of(config: TrainConfig | dict[str, Any] | None) -> Task:
+    """Return the task of a training, or of the configuration that a record holds; those of earlier versions name none.
+
+    Raises:
+        ConfigError: the record names one that there is not.
+    """
+    name = config.task if isinstance(config, TrainConfig) else (config or {}).get("task", Classification.name)
+    if name not in TASKS:
+        raise ConfigError(f"task={name!r} is not known; there are {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,71 @@
+"""Detectors, pruned at several ratios: the raw outputs equal those of the masked network, in eval and in train mode."""
+
+import pytest
+import torch
+from exactness import assert_exact, empty_sides, randomise
+from torchvision.models import resnet
+from torchvision.models.detection import fcos, retinanet
+
+import slimming
+from slimming import models
+from slimming.channels.options import PlanOptions
+
+TIES = PlanOptions.__dataclass_fields__["ties"].metadata["allowed"]["choices"]
+SMALL = {"width": 1 / 16, "num_classes": 3, "image_size": 64}
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("name", ["yolov3", "yolov3_tiny"])
+def test_pruned_equals_masked(name, ties):
+    torch.manual_seed(0)
+    model, example = randomise(models.build(name, **SMALL)).eval(), torch.randn(1, 3, 64, 64).double()
+    graph = slimming.trace(model, example, strict=True)  # every operator is understood
+    for ratio in (0.3, 0.6, 0.9):
+        plan = graph.plan(slimming.GlobalRatio(ratio), ties=ties)
+        assert plan.got["removed"] > 0
+        assert not empty_sides(assert_exact(model, plan, example))
+
+
+def test_every_gamma_of_yolov3_is_a_candidate():
+    """Its residual streams tie gammas, and its outputs have no BatchNorm: nothing has to stay."""
+    model = models.yolov3(**SMALL)
+    graph = slimming.trace(model, torch.zeros(1, 3, 64, 64), strict=True)
+    for ties in ("together", "apart"):
+        assert graph.candidates(ties).sum() == sum(
+            m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("fcos_resnet50_fpn", [1, 1, 1, 1]),
+        pytest.param("fcos_resnet50_fpn", [3, 4, 6, 3], marks=pytest.mark.slow),
+        ("retinanet_resnet50_fpn_v2", [1, 1, 1, 1]),
+    ],
+)
+def test_torchvisions_detectors_train_and_are_pruned_exactly(name, blocks, monkeypatch):
+    """After twenty steps on two images, one of them without objects; every tie, the towers that five grids share included."""
+    for module in (fcos, retinanet):
+        monkeypatch.setattr(module, "resnet50", lambda **_: resnet.ResNet(resnet.Bottleneck, blocks))
+    torch.manual_seed(0)
+    model = models.torchvision_detection(name, num_classes=3, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([1])}]
+    targets.append({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)})
+    optimizer, losses = torch.optim.SGD(model.parameters(), 5e-3, 0.9), []
+    for _ in range(20):
+        parts = model.train().loss(model(images), targets, (64, 64))
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        optimizer.step()
+        losses.append(sum(parts.values()).item())
+    assert losses[-1] < losses[0] / 2
+    model = randomise(model).eval()
+    graph = slimming.trace(model, images[:1].double())
+    assert not graph.train_reason
+    towers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) and ".head." in n]
+    for ties in TIES:
+        plan = graph.plan(slimming.GlobalRatio(0.5), ties=ties)
+        assert len(set(towers) & set(plan.keep)) == len(towers) == 8
+        assert_exact(model, plan, images[:1].double())

@@ -1,0 +1,122 @@
+"""torchvision's detectors by name: their norms, raw outputs, losses and detections; and what is said of bad input."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.ops import FrozenBatchNorm2d
+
+from slimming import models
+from slimming.errors import ConfigError
+from slimming.models.torchvision_detection import NAMES, TorchvisionDetector, replace_norms
+
+SMALL = {"num_classes": 3, "image_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch):
+    """ResNets of one narrow block per stage: the same code in a moment."""
+    from torchvision.models import resnet
+    from torchvision.models.detection import fcos, retinanet
+
+    def small(*, norm_layer=nn.BatchNorm2d, **_):
+        return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], norm_layer=norm_layer)
+
+    for module in (fcos, retinanet):
+        monkeypatch.setattr(module, "resnet50", small)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_norm_is_a_batchnorm_with_a_trainable_scale(name):
+    model = models.build("torchvision_detection", name=name, **SMALL, gamma_init=0.5)
+    norms = [m for m in model.modules() if type(m).__name__.endswith(("Norm", "Norm2d"))]
+    assert norms and all(isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad for m in norms)
+    assert all((m.weight == 0.5).all() for m in norms)
+    towers = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and ".head." in n]
+    assert len(towers) == (0 if name == "retinanet_resnet50_fpn" else 8)
+
+
+def test_frozen_ones_keep_their_values():
+    frozen = FrozenBatchNorm2d(4, eps=1e-3)
+    for number, buffer in enumerate((frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var)):
+        buffer.copy_(torch.rand(4) + number)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), frozen)
+    x = torch.randn(2, 2, 5, 5)
+    before = model(x)
+    replace_norms(model)
+    assert isinstance(model[1], nn.BatchNorm2d) and model[1].weight.requires_grad
+    torch.testing.assert_close(model.eval()(x), before)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 130)])
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_detections_are_torchvisions_own(name, size):
+    """The same as its forward, told not to normalise or resize, at a size that no stride divides as well."""
+    torch.manual_seed(0)
+    model = models.build("torchvision_detection", name=name, **SMALL)
+    images = torch.randn(2, 3, *size)
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50], [30, 30, 60, 60]]), "labels": torch.tensor([1, 0])}]
+    targets.append({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)})
+    net = model.net
+    net.transform.normalize = lambda image: image
+    net.transform.resize = lambda image, target=None: (image, target)
+    net.transform.size_divisible = 1
+    expected = net.train()([*images], targets)
+    found = model.loss(model(images), targets, size)
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key])
+    model.eval()
+    for ours, theirs in zip(model.detections(model(images), size), net([*images]), strict=True):
+        assert len(ours["boxes"]) > 0
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key])
+
+
+def test_another_number_of_colours():
+    model = models.build("torchvision_detection", name=NAMES[0], **SMALL, in_channels=1).eval()
+    assert model(torch.randn(1, 1, 64, 64))["cls_logits"].shape == (1, 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 3)
+
+
+def test_weights_come_from_a_file(tmp_path):
+    theirs = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    ours = models.build(
+        "torchvision_detection", name="fcos_resnet50_fpn", **SMALL, weights=str(tmp_path / "weights.pt")
+    )
+    own, given = ours.net.state_dict(), theirs.state_dict()
+    assert torch.equal(own["backbone.body.conv1.weight"], given["backbone.body.conv1.weight"])
+    assert torch.equal(own["head.regression_head.conv.0.weight"], given["head.regression_head.conv.0.weight"])
+    assert own["head.classification_head.cls_logits.weight"].shape[0] == 3
+    spec = models.spec("torchvision_detection", {"name": "fcos_resnet50_fpn", "weights": "weights.pt"})
+    assert spec["arguments"]["weights"] is None  # a checkpoint does not need them again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "fcos_resnet50"}, "did you mean fcos_resnet50_fpn"),
+        (
+            {"name": "ssd300_vgg16"},
+            "is not a one-stage detector of torchvision with BatchNorm; there are fcos_resnet50_fpn",
+        ),
+        ({"name": NAMES[0], "num_classes": 0}, "num_classes .* got 0"),
+        ({"name": NAMES[0], "weights": "DEFAULT"}, "model.weights=DEFAULT is not a file"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        models.build("torchvision_detection", **arguments)
+
+
+def test_a_file_that_is_something_else(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="is not a state dict of fcos_resnet50_fpn: no weight of its backbone fits"):
+        models.build("torchvision_detection", name=NAMES[0], weights=str(tmp_path / "weights.pt"))
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ConfigError, match=r"text\.pt is not a state dict"):
+        models.build("torchvision_detection", name=NAMES[0], weights=str(tmp_path / "text.pt"))
+
+
+def test_a_detector_is_what_the_tasks_ask_for():
+    assert all(callable(getattr(TorchvisionDetector, name)) for name in ("loss", "detections"))

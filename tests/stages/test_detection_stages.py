@@ -1,0 +1,128 @@
+"""task=detection through the stages: training, pruning, fine-tuning, the pipeline; and what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import slimming
+from conftest import compose_config
+from slimming import checkpoint, stages
+from slimming.errors import ConfigError
+
+SMALL = ("task=detection", "model=yolov3_tiny", "model.width=0.0625", "optimizer=adamw", "optimizer.lr=1e-3")
+SMALL += ("trainer.max_epochs=2", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data=digits")
+SQUARES = {"_target_": "squares.Squares", "batch_size": 6, "eval_batch_size": 5}
+PARTS = ("box", "objectness", "classes")
+
+
+def on_squares(config, **more):
+    """Return a configuration with the data of tests."""
+    return dataclasses.replace(config, data=SQUARES | more)
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sparse")
+    return stages.train(on_squares(compose_config(*SMALL, "sparsity=0.01"), val=6), out), out
+
+
+def test_a_training_leaves_its_record(sparse, capsys):
+    score, out = sparse
+    found = result(out)
+    metrics = found["metrics"]
+    assert score == metrics["test/map50"] and 0 <= metrics["test/map"] <= score <= 1
+    assert {f"train/{part}" for part in PARTS} <= set(metrics) and not any(key.endswith("/acc") for key in metrics)
+    assert (found["model"], found["data"], found["config"]["task"], found["n_test"]) == (
+        "yolov3_tiny",
+        "squares",
+        "detection",
+        12,
+    )
+    assert metrics["val/map50_best"] >= metrics["val/map50"] and metrics["best_epoch"] in (1, 2)
+    assert (out / "best.ckpt").exists() and (out / "curves.png").exists()
+    record = checkpoint.read(out / "last.ckpt").record
+    assert record.model["arguments"]["image_size"] == 64
+    outputs = slimming.load(out / "last.ckpt")(torch.zeros(1, 1, 64, 64))
+    assert [tuple(o.shape) for o in outputs] == [(1, 21, 2, 2), (1, 21, 4, 4)]
+
+
+def prune(path, out, *overrides):
+    values = (f"checkpoint={path}", "latency_batch=1", "calibrate.batches=2", "trainer.accelerator=cpu")
+    return stages.prune(on_squares(compose_config(*values, *overrides, name="prune"), val=6), out)
+
+
+@pytest.mark.parametrize("more", [["ratio=0.5"], ["budget.macs=0.5", "repair=true", "score=reconstruction"]])
+def test_pruned_and_finetuned(sparse, tmp_path, capsys, more):
+    before, out = sparse
+    score = prune(out / "last.ckpt", tmp_path / "pruned", *more)
+    found = result(tmp_path / "pruned")
+    assert found["metrics"]["test/map50_before"] == pytest.approx(before) and score == found["metrics"]["test/map50"]
+    assert found["cost"]["num_params"] < found["cost_before"]["num_params"] and found["task"] == "detection"
+    assert "test mAP@0.5: " in capsys.readouterr().out
+    tuning = compose_config(
+        f"checkpoint={tmp_path / 'pruned' / 'pruned.ckpt'}", "trainer.max_epochs=1", name="finetune"
+    )
+    tuned = stages.finetune(on_squares(tuning), tmp_path / "tuned")
+    assert tuned == result(tmp_path / "tuned")["metrics"]["test/map50"] and not math.isnan(tuned)
+    assert result(tmp_path / "tuned")["config"]["task"] == "detection"
+
+
+def test_from_scratch(sparse, tmp_path):
+    prune(sparse[1] / "last.ckpt", tmp_path / "pruned", "ratio=0.5", "test=false")
+    tuning = compose_config(f"checkpoint={tmp_path / 'pruned' / 'pruned.ckpt'}", "init=scratch", name="finetune")
+    stages.finetune(on_squares(tuning), tmp_path / "scratch")
+    assert result(tmp_path / "scratch")["role"] == "scratch"
+
+
+def test_the_pipeline(tmp_path):
+    config = compose_config(*SMALL, "sparsity=0.01", "ratio=0.5", "calibrate.batches=2", "latency_batch=1", name="slim")
+    score = stages.slim(on_squares(config), tmp_path)
+    assert score == result(tmp_path / "ratio-0.5" / "finetuned")["metrics"]["test/map50"]
+    text = (tmp_path / "report.md").read_text()
+    assert "test mAP@0.5 (%)" in text and "accuracy" not in text.lower()
+    assert stages.slim(on_squares(config), tmp_path) == score  # all is there
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=detection", "model=vgg11"], "task=detection trains a detector, and VGG has no methods"),
+        (["task=classification"], "YoloV3Tiny is a detector: give task=detection"),
+        (["model.priors=[[1,2,3]]"], "model.priors=.* do not fit the 2 scales"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        stages.train(on_squares(compose_config(*SMALL, *overrides)), tmp_path)
+
+
+def test_a_detector_on_images_with_classes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="give data=boxes or data=scenes"):
+        stages.train(compose_config(*SMALL), tmp_path)
+
+
+def test_an_image_size_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="multiples of 32 pixels, got 40x40"):
+        stages.train(compose_config(*SMALL, "data.image_size=40"), tmp_path)
+
+
+def test_an_export_is_refused(sparse, tmp_path):
+    config = compose_config(f"checkpoint={sparse[1] / 'last.ckpt'}", "test_images=0", name="export")
+    with pytest.raises(ConfigError, match="holds a detector, which"):
+        stages.export(on_squares(config), tmp_path)
+
+
+def test_a_teacher_is_refused(sparse, tmp_path):
+    teacher = sparse[1] / "last.ckpt"
+    config = compose_config(f"checkpoint={teacher}", f"distill.teacher={teacher}", name="finetune")
+    with pytest.raises(ConfigError, match="distillation is for task=classification"):
+        stages.finetune(on_squares(config), tmp_path)
+    with pytest.raises(ConfigError, match=r"finetune\.distill=true is for task=classification"):
+        compose_config(*SMALL, "finetune.distill=true", name="slim")
