@@ -6,6 +6,7 @@ from slimming.data.detection import DetectionData
 from slimming.data.digits import Digits
 from slimming.data.image_folder import ImageFolder
 from slimming.data.imagenet import ImageNet
+from slimming.data.scenes import Scenes
 from slimming.data.torchvision_data import CIFAR10, CIFAR100, MNIST, SVHN
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageNet",
+    "Scenes",
 ]
