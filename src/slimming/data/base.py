@@ -186,12 +186,13 @@ class ImageData(LightningDataModule):
             yield self.transform(next(batches)[0].to(device), self.augment and augment)
 
 
-def split_off(labels: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+def split_off(labels: torch.Tensor, size: float, key: str = "data.val_size") -> tuple[torch.Tensor, torch.Tensor]:
     """Split 0 ... n-1 into (rest, held out), each class by its share; both sorted.
 
     Args:
         labels: (n,) integers.
         size: share in (0, 1) or number >= 1 of indices to hold out; 0 for none.
+        key: of the option that says so.
 
     Raises:
         ConfigError: so many that a class would have none left, or fewer than there are classes.
@@ -202,9 +203,9 @@ def split_off(labels: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Te
         return torch.arange(n), torch.arange(0)
     classes, counts = labels.unique(return_counts=True)
     if not len(classes) <= wanted <= n - len(classes):
+        each = f" of each of the {len(classes)} classes" if len(classes) > 1 else ""
         raise ConfigError(
-            f"data.val_size={size} would hold out {wanted} of {n} training images; "
-            f"there must be at least one of each of the {len(classes)} classes on either side"
+            f"{key}={size} would hold out {wanted} of {n} training images; there must be at least one{each} on either side"
         )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     quota = counts * wanted / n

@@ -10,6 +10,14 @@ from slimming.data.base import ImageData
 from slimming.errors import check_number
 
 
+def read_digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return grey values 0 to 16 (N, 8, 8) and classes (N,) of one part."""
+    with np.load(resources.files("slimming.data").joinpath("digits.npz")) as file:
+        images, labels = file["images"], file["labels"]
+    part = (np.arange(len(images)) % 5 != 4) == train
+    return images[part], labels[part]
+
+
 class Digits(ImageData):
     """1,797 grey 8x8 digits (UCI, CC BY 4.0, see digits.md), enlarged to `image_size`; every fifth is a test image."""
 
@@ -25,9 +33,7 @@ class Digits(ImageData):
         self.image_size = image_size
 
     def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        with np.load(resources.files("slimming.data").joinpath("digits.npz")) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-        part = (torch.arange(len(images)) % 5 != 4) == train
-        grey = images[part, None].float() * (255 / 16)  # (N, 1, 8, 8)
+        images, labels = map(torch.from_numpy, read_digits(train))
+        grey = images[:, None].float() * (255 / 16)  # (N, 1, 8, 8)
         grey = F.interpolate(grey, (self.image_size, self.image_size), mode="bilinear", align_corners=False)
-        return grey.round().to(torch.uint8), labels[part].long()
+        return grey.round().to(torch.uint8), labels.long()
