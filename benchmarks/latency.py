@@ -25,7 +25,7 @@ from deployment import ROOT, drawn, save, step
 from slimming import models
 from slimming.deploy import onnx_format
 from slimming.deploy.capturing import Network
-from slimming.deploy.sharing import PICKLED, Setting, measured_share, write_module
+from slimming.deploy.sharing import Setting, measured_share
 from slimming.errors import LatencyError
 from slimming.files import write_text
 from slimming.records import Record
@@ -89,13 +89,11 @@ def measure_again(dense: Path, thin: Path, name: str, runtime: str, threads: int
 
 
 def written(checkpoint: Path, path: Path, setting: Setting) -> Path:
-    model = slimming.load(checkpoint).eval()
+    """Return a file of the network of a checkpoint that the engine reads."""
     if setting.engine == "torch":
-        path = path.with_suffix(PICKLED)
-        write_module(model, path)
-    else:
-        path = path.with_suffix(".onnx")
-        onnx_format.write(Network(model, setting.images[1:], Record(None)), path)
+        return checkpoint
+    path = path.with_suffix(".onnx")
+    onnx_format.write(Network(slimming.load(checkpoint), setting.images[1:], Record(None)), path)
     return path
 
 

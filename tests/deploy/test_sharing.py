@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from small_networks import onnx_bytes, small_vgg
+from small_networks import onnx_bytes
 
-from slimming.deploy import sharing
+from slimming import checkpoint, models
 from slimming.deploy.sharing import Pair, Setting, glanced_share, measured_share, time_pair
 from slimming.errors import LatencyError
+from slimming.records import Record
 
 SETTING = Setting("onnxruntime", (2, 3, 8, 8), 1)
 HERE = Path("dense.onnx"), Path("thin.onnx")
@@ -54,10 +55,11 @@ def test_a_wider_network_takes_longer_in_a_fresh_process(engine, tmp_path):
     """A smoke test; widths differ so much that noise does not turn it round."""
     paths = []
     for name, width in (("dense", 256), ("thin", 8)):
-        model = small_vgg((width, width, "M", width))
-        paths.append(tmp_path / f"{name}{'.onnx' if engine == 'onnxruntime' else sharing.PICKLED}")
+        built = {"name": "vgg", "arguments": {"widths": [width, width, "M", width]}}
+        model = models.build(built["name"], **built["arguments"])
+        paths.append(tmp_path / f"{name}{'.onnx' if engine == 'onnxruntime' else '.ckpt'}")
         if engine == "torch":
-            sharing.write_module(model, paths[-1])
+            checkpoint.write_network(model, Record(built), paths[-1])
         else:
             paths[-1].write_bytes(onnx_bytes(model))
     pair = time_pair(*paths, Setting(engine, (8, 3, 8, 8), 1), 3)
@@ -67,10 +69,3 @@ def test_a_wider_network_takes_longer_in_a_fresh_process(engine, tmp_path):
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(LatencyError, match=r"cannot time the network in onnxruntime: .*there is no file"):
         time_pair(tmp_path / "a.onnx", tmp_path / "b.onnx", SETTING, 3)
-
-
-def test_a_network_that_cannot_be_pickled_is_refused(tmp_path):
-    model = small_vgg()
-    model.forward = lambda x: x
-    with pytest.raises(LatencyError, match=r"runtime=torch cannot hand the network .* take runtime=onnx"):
-        sharing.write_module(model, tmp_path / "a.module")

@@ -6,7 +6,6 @@ several per cent. So a share is the median of several processes, and their sprea
 
 import json
 import os
-import pickle
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from slimming.deploy.engines import open_engine
 from slimming.deploy.timing import time_in_turns
@@ -26,7 +24,6 @@ SOURCE = Path(__file__).parents[2]  # what holds the package `slimming`
 PROCESSES, TURNS = 5, 50  # of a measurement that counts
 GLANCE = (2, 15)  # processes and turns of one that says whether it is worth while
 LARGEST_SPREAD, ATTEMPTS = 0.05, 3
-PICKLED = ".module"  # a torch network as it is: a file of our own, for a moment
 
 
 @dataclass(frozen=True)
@@ -82,15 +79,13 @@ def time_pair(dense: Path, thin: Path, setting: Setting, turns: int) -> Pair:
     """Time two networks in turns in a fresh process.
 
     Args:
-        dense, thin: files that the engine reads, or torch networks that `write_module` wrote.
+        dense, thin: files that the engine reads.
 
     Raises:
         LatencyError: the process fails; the message ends with what it says.
     """
     asked = json.dumps([str(dense), str(thin), setting.engine, setting.images, setting.threads, turns])
-    search = os.pathsep.join(
-        dict.fromkeys([str(SOURCE), *filter(None, sys.path)])
-    )  # pickled networks name their modules
+    search = os.pathsep.join(dict.fromkeys([str(SOURCE), *filter(None, sys.path)]))  # records name classes anywhere
     done = subprocess.run(
         [sys.executable, "-m", "slimming.deploy.sharing"],
         input=asked,
@@ -133,17 +128,6 @@ def _share(dense: Path, thin: Path, setting: Setting, timer: Timer, processes: i
     return Share(tuple(timer(dense, thin, setting, turns) for _ in range(processes)), turns)
 
 
-def write_module(model: torch.nn.Module, path: Path) -> None:
-    """Write a torch network for `time_pair`; LatencyError where Python cannot pickle it."""
-    try:
-        torch.save(model, path)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise LatencyError(
-            f"runtime=torch cannot hand the network to a fresh process ({told}): take runtime=onnx"
-        ) from error
-
-
 def serve() -> None:
     """Be that process: what to time comes in on stdin, the pair goes out on the last line of stdout."""
     dense, thin, engine, shape, threads, turns = json.loads(sys.stdin.read())
@@ -155,8 +139,7 @@ def serve() -> None:
 
 
 def _opened(path: Path, engine: str, threads: int, images: np.ndarray) -> Callable[[], Any]:
-    what = torch.load(path, weights_only=False) if path.suffix == PICKLED else path
-    run = open_engine(what, engine, threads)
+    run = open_engine(path, engine, threads)
     return lambda: run(images)
 
 

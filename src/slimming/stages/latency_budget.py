@@ -6,11 +6,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from slimming import checkpoint
 from slimming.channels import knapsack, surgery
 from slimming.channels.copying import copy_model
 from slimming.channels.graph import ChannelGraph
@@ -22,7 +24,7 @@ from slimming.deploy import onnx_format
 from slimming.deploy.capturing import Network
 from slimming.deploy.engines import EXTRAS, cores, engine_version, torch_threads_kept
 from slimming.deploy.layer_timing import layers_of, time_layers
-from slimming.deploy.sharing import PICKLED, PROCESSES, Setting, Share, glanced_share, measured_share, write_module
+from slimming.deploy.sharing import PROCESSES, Setting, Share, glanced_share, measured_share
 from slimming.deploy.timing import machine
 from slimming.errors import ConfigError, LatencyError, check_number
 from slimming.files import write_text
@@ -62,25 +64,27 @@ class LatencyBudget:
         image = tuple(source.example.shape[1:])
         self.setting = Setting(ENGINES[cfg.runtime], (cfg.latency_batch, *image), _threads(cfg))
         self.table, times = _table(cfg, graph, self.setting)
-        self.dense = self._written(source.model, "dense")
+        self.dense = self._written(source.model, "dense", [])
         self.counted: list[tuple[dict[str, list[int]], Share]] = []  # kept channels and their share
         asked = {"runtime": cfg.runtime, "batch": cfg.latency_batch, "threads": _threads(cfg)}
         step = cfg.round_to if cfg.round_to > 1 else STEP
         self.criterion = Latency(cfg.budget.latency, times, self._measure, asked, step)
 
-    def _written(self, model: nn.Module, name: str) -> Path:
-        """Write a network as its engine reads it."""
+    def _written(self, model: nn.Module, name: str, plans: list[PruningPlan]) -> Path:
+        """Write a network, and the plans that led to it from the checkpoint's, as its engine reads it."""
+        known = self.source.record
+        record = replace(known, plans=[*known.plans, *(plan.to_dict() for plan in plans)])
         if self.setting.engine == "torch":
-            path = self.folder / f"{name}{PICKLED}"
-            write_module(copy_model(model).cpu().float().eval(), path)
+            path = self.folder / f"{name}.ckpt"
+            checkpoint.write_network(copy_model(model).cpu().float(), record, path)
         else:
             path = self.folder / f"{name}.onnx"
-            onnx_format.write(Network(model, self.setting.images[1:], self.source.record), path)
+            onnx_format.write(Network(model, self.setting.images[1:], record), path)
         return path
 
     def _measure(self, plan: PruningPlan) -> float:
         """Return the share of the dense network's time that a plan's network takes; measured well where it is near."""
-        thin = self._written(surgery.prune(self.source.model, plan, verify=False), "thin")
+        thin = self._written(surgery.prune(self.source.model, plan, verify=False), "thin", [plan])
         share, asked = glanced_share(self.dense, thin, self.setting), self.cfg.budget.latency
         told = "at a glance"
         if abs(share / asked - 1) <= WORTHWHILE:
@@ -140,8 +144,8 @@ def text(facts: dict[str, Any]) -> str:
 
 def table_path(cfg: PruneConfig) -> Path:
     """Return where the table of a checkpoint lies for a runtime, a batch and a number of threads."""
-    checkpoint = Path(str(cfg.checkpoint))
-    return checkpoint.with_name(f"{checkpoint.name}.latency-{cfg.runtime}-{cfg.latency_batch}x{_threads(cfg)}.json")
+    source = Path(str(cfg.checkpoint))
+    return source.with_name(f"{source.name}.latency-{cfg.runtime}-{cfg.latency_batch}x{_threads(cfg)}.json")
 
 
 def _table(cfg: PruneConfig, graph: ChannelGraph, setting: Setting) -> tuple[dict[str, Any], dict[str, LayerTimes]]:

@@ -120,20 +120,18 @@ class ChannelGraph(Structure):
         if chosen.per == "macs":
             choice.score = choice.score / unit_macs(view, choice)
         settling = Settling(view, values, choice, chosen)
-        if isinstance(criterion, Budget):
-            removed = criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed)))
-        elif isinstance(criterion, Latency):
-
-            def plan_of(removed: Tensor) -> PruningPlan:
-                return self._write_plan(settling.outcome(removed), choice, removed, criterion.describe())
-
-            removed = criterion.search(choice, settling, plan_of)
-        else:
-            removed = criterion.choose(choice)
         usual = PlanOptions()
         others = {"score": name, "per": chosen.per, "ties": chosen.ties}
         asked = criterion.describe() | {key: value for key, value in others.items() if value != getattr(usual, key)}
-        return self._write_plan(view, settling.outcome(removed), choice, removed, asked)
+
+        def plan_of(removed: Tensor) -> PruningPlan:
+            return self._write_plan(view, settling.outcome(removed), choice, removed, asked)
+
+        if isinstance(criterion, Latency):
+            return plan_of(criterion.search(choice, settling, plan_of))
+        if isinstance(criterion, Budget):
+            return plan_of(criterion.search(choice, lambda removed: self.cost_share(settling.outcome(removed))))
+        return plan_of(criterion.choose(choice))
 
     def _write_plan(
         self, view: Structure, solution: Solution, choice: Choice, removed: Tensor, asked: dict[str, Any]
