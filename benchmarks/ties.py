@@ -1,12 +1,12 @@
 """Latency at equal MACs of the three ways of ties: together, apart and aligned, in eager torch and in onnxruntime.
 
     python benchmarks/ties.py [--only REGEX] [--macs 0.5] [--round-to 1,8] [--batch 16] [--threads 1] [--turns 15]
-                              [--out FILE.md]
+                              [--shaped] [--out FILE.md]
 
 Untrained networks with gammas drawn uniformly in [0, 1] (seed 1): these are times, not accuracies. Each is pruned to the same
 share of its MACs (budget.macs) with each way of ties and each round_to, then all of one network are timed in turns in one
-process, the dense one among them. `onnxruntime, shaped` is what export.py shape=auto would write: of multiples of 1 and 8, with
-selections as they are and with BatchNorms of full width, the fastest. Prints Markdown.
+process, the dense one among them. --shaped adds what export.py shape=auto would write, which takes some exports more: of
+multiples of 1 and 8, with selections as they are and with BatchNorms of full width, the fastest. Prints Markdown.
 """
 
 import argparse
@@ -41,8 +41,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {  # name -> (factory, ar
 TIES = ("together", "apart", "aligned")
 DENSE = ("dense", 1)
 ENGINES = ("torch", "onnxruntime")
-SHAPED = "onnxruntime, shaped"
-HEAD = ["ties", "round_to", "MACs left", "gammas left", "selections", *(f"{e} (ms)" for e in (*ENGINES, SHAPED))]
+HEAD = ["ties", "round_to", "MACs left", "gammas left", "selections", *(f"{engine} (ms)" for engine in ENGINES)]
+BEST = "onnxruntime, shaped (ms)"
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -79,7 +79,7 @@ def runs(
     for key, model in networks.items():
         eager = open_engine(model, "torch", options.threads)
         found[key, "torch", AS_PRUNED] = lambda eager=eager: eager(images)
-        shapes = [AS_PRUNED] if key == DENSE else [s for s in shapes_of(model) if s.block in (1, 8)]
+        shapes = [s for s in shapes_of(model) if s.block in (1, 8)] if options.shaped and key != DENSE else [AS_PRUNED]
         for shape, network in shaped(model, torch.randn(2, *image), shapes).made.items():
             path = folder / f"{len(found)}.onnx"
             onnx_format.write(Network(network, image, Record({}, config={})), path)
@@ -92,7 +92,7 @@ def row(key: Any, network: nn.Module | str, share: tuple[float, float], times: d
     """Return the cells of one network; `share` of the MACs and the gammas that are left."""
     named = [key[0], "-" if key == DENSE else str(key[1])]
     if isinstance(network, str):
-        return [*named, network, *["-"] * (len(HEAD) - 3)]
+        return [*named, network, *["-"] * (len(HEAD) - 2)]
     own = {(engine, shape): timing for (k, engine, shape), timing in times.items() if k == key}
     best = min((t for (engine, _), t in own.items() if engine == "onnxruntime"), key=lambda t: t.median_ms)
     cells = [*(own[engine, AS_PRUNED] for engine in ENGINES), best]
@@ -122,7 +122,9 @@ def section(name: str, options: argparse.Namespace) -> str:
     dense = size(model)
     shares = {key: tuple(a / b for a, b in zip(size(network), dense, strict=True)) for key, network in found.items()}
     rows = [row(key, network, shares[key], times) for key, network in found.items()]
-    return f"## {name}\n\n{dense[0] / 1e6:.1f}M MACs dense.\n\n{Table(HEAD, rows).markdown()}\n"
+    table = Table([*HEAD, BEST], rows)
+    shown = table if options.shaped else table.columns(HEAD)
+    return f"## {name}\n\n{dense[0] / 1e6:.1f}M MACs dense.\n\n{shown.markdown()}\n"
 
 
 def main() -> None:
@@ -133,18 +135,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--shaped", action="store_true", help="time the best shape for onnxruntime as well")
     parser.add_argument("--out", type=Path, help="where the page goes; it is printed in any case")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     begun = core_share()
     sections = [section(name, options) for name in NETWORKS if re.search(options.only, name)]
-    told = {"macs": options.macs, "batch": options.batch, "threads": options.threads}
+    told = ("macs", "round_to", "batch", "threads", "turns")
+    given = [f"--{key.replace('_', '-')} {getattr(options, key)}" for key in told] + ["--shaped"] * options.shaped
+    command = " ".join(["python benchmarks/ties.py", *given])
     head = [
         "# The three ways of ties at equal MACs",
         "",
-        f"`python benchmarks/ties.py {' '.join(f'--{k} {v}' for k, v in told.items())}`. {describe(machine())}. "
-        f"Medians over {options.turns} turns, in brackets their quartiles; a thread had {begun:.0%} of its core before and "
-        f"{core_share():.0%} after.",
+        f"`{command}`. {describe(machine())}. Medians over the turns, in brackets their quartiles; a thread had {begun:.0%} of "
+        f"its core before and {core_share():.0%} after.",
         "",
     ]
     text = "\n".join([*head, *sections])

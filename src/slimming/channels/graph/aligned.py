@@ -44,7 +44,8 @@ class Aligned(Structure):
     def silenced(self, kept: Tensor) -> Tensor:
         gone = torch.zeros(self.tape.count, dtype=torch.bool)
         gone[self.slots[~kept]] = True
-        return self.bare & gone[self.component]
+        silenced: Tensor = self.bare & gone[self.component]
+        return silenced
 
     def bands(self) -> list[Tensor]:
         """Return gammas, (n,) each, whose classes have gammas in the same BatchNorms; of every band those of its first one.
