@@ -92,15 +92,22 @@ def test_damaged_tables_are_refused(change):
 # --- the knapsack -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("step", [1, 2])
-def test_no_choice_as_fast_keeps_more(step):
+def test_no_choice_as_fast_keeps_more(step, additive):
     """Where the times of layers do not depend on each other, every choice of the path is the best of all for its time."""
     model = chain(*gammas(0, 6, 4, 6))
     each = {"0": 1.0, "3": 4.0, "6": 2.0}
     times = {n: LayerTimes([1], [1, 8], [[cost, 8 * cost]]) for n, cost in each.items()}
     choice, settling = parts(model, step)
-    sack = Knapsack(choice, settling, times, step)
-    worth = choice.score.square()
+    sack = Knapsack(choice, settling, times, step, additive)
+
+    def lost(removed):
+        if additive:
+            return float(choice.score[removed].sum())
+        squares = choice.score.square()
+        whole, left = (squares.new_zeros(3).index_add_(0, choice.layer, e) for e in (squares, squares * ~removed))
+        return float((whole / left).log().sum())
 
     def time(removed):
         kept = [int((~removed[choice.layer == layer]).sum()) for layer in range(3)]
@@ -108,17 +115,16 @@ def test_no_choice_as_fast_keeps_more(step):
 
     every = []
     for counts in itertools.product(*(column.levels for column in sack.columns)):
-        removed = torch.zeros(len(worth), dtype=torch.bool)
+        removed = torch.zeros(len(choice.score), dtype=torch.bool)
         for column, count in zip(sack.columns, counts, strict=True):
             removed[column.units[:count]] = True
-        every.append((time(removed), float(worth[~removed].sum())))
+        every.append((time(removed), lost(removed)))
     sack.pick(0.0)
     assert len(sack.path) == 1 + sum(len(column.levels) - 1 for column in sack.columns), "one move for every step"
     for *_, total in sack.path:
         removed = sack.pick(total / sack.dense_ms).removed
         assert time(removed) == pytest.approx(total)
-        best = max(kept for other, kept in every if other <= total + 1e-9)
-        assert float(worth[~removed].sum()) == pytest.approx(best)
+        assert lost(removed) == pytest.approx(min(loss for other, loss in every if other <= total + 1e-9))
 
 
 def test_a_step_that_saves_nothing_alone_is_looked_beyond():
@@ -136,6 +142,18 @@ def test_units_go_together_where_their_channels_are_tied():
     plan = graph.plan(Latency(0.6, times, whole(model)), round_to=8)
     for name, kept in plan.keep.items():
         assert len(kept) % 8 == 0 or len(kept) == graph.norms[name].module.num_features
+
+
+def test_a_layer_whose_channels_are_dear_is_not_emptied():
+    """Scores alike in all layers, one a hundred times as slow: additive ones take it down to the least, the others do not."""
+    model = chain([1.0] * 64, [1.0] * 64)
+    choice, settling = parts(model, 8)
+    times = {"0": LayerTimes([1], [8, 64], [[8.0, 64.0]]), "3": LayerTimes([1], [8, 64], [[24.0, 192.0]])}
+    widths = {}
+    for additive in (False, True):
+        removed = Knapsack(choice, settling, times, 8, additive).pick(0.4).removed
+        widths[additive] = [int((~removed[choice.layer == layer]).sum()) for layer in range(2)]
+    assert widths[True] == [64, 8] and widths[False][1] >= 16
 
 
 def test_what_takes_no_time_stays():

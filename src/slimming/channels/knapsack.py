@@ -11,6 +11,7 @@ times of neighbouring layers depend on each other, and a smaller budget takes wh
 
 import bisect
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,13 +120,22 @@ class Knapsack:
     """The choices for all times, from the whole network down to the least that the constraints allow.
 
     Args:
-        choice: the units and their scores; what a unit is worth is the square of its score, once for each of its gammas.
+        choice: the units and their scores.
         settling: says what stays when units go.
         times: by the name of a layer; the others take no time.
         step: widths of columns are multiples of it.
+        additive: scores are losses that add up; else a column loses log(all / what remains) of its squared scores, for each of
+            its BatchNorms, so that no layer is emptied because its channels are dear.
     """
 
-    def __init__(self, choice: Choice, settling: "Settling", times: Mapping[str, LayerTimes], step: int) -> None:
+    def __init__(
+        self,
+        choice: Choice,
+        settling: "Settling",
+        times: Mapping[str, LayerTimes],
+        step: int,
+        additive: bool = False,
+    ) -> None:
         self.graph = settling.graph
         self.count = len(choice.score)
         evaluated = self.graph.steps[: self.graph.recording.evaluated[0]]  # the others are those of train mode
@@ -133,7 +143,7 @@ class Knapsack:
         self.times = {number: found for number, found in steps if found is not None}
         nothing = torch.zeros(self.count, dtype=torch.bool)
         dense = _widths(self.graph, settling.outcome(nothing))
-        self.columns = _columns(choice, settling, dense, set(self.times), step)
+        self.columns = _columns(choice, settling, dense, set(self.times), step, additive)
         self.sharing: dict[int, set[int]] = {}  # step -> columns that change it
         for number, column in enumerate(self.columns):
             for touched in column.rates:
@@ -245,14 +255,15 @@ def _widths(graph: "Structure", solution: "Solution") -> list[Widths]:
     return found
 
 
-def _columns(choice: Choice, settling: "Settling", dense: list[Widths], timed: set[int], step: int) -> list[Column]:
+def _columns(
+    choice: Choice, settling: "Settling", dense: list[Widths], timed: set[int], step: int, additive: bool
+) -> list[Column]:
     """Gather units into columns, those that can go; each removed by itself shows what its units take with them."""
     pairs = torch.stack((choice.unit, choice.layer)).unique(dim=1).T.tolist()
     norms = {unit: tuple(n for _, n in group) for unit, group in itertools.groupby(pairs, lambda pair: pair[0])}
     members: dict[tuple[int, ...], list[int]] = {}
     for unit, signature in sorted(norms.items()):
         members.setdefault(signature, []).append(unit)
-    worth = choice.score.square() * choice.size
     columns = []
     for units in members.values():
         order = torch.tensor(units)
@@ -265,9 +276,25 @@ def _columns(choice: Choice, settling: "Settling", dense: list[Widths], timed: s
         gone = int((removed & ~stays).sum())
         if gone:
             rates = _rates(dense, _widths(settling.graph, solution), gone, timed)
-            losses = [0.0, *worth[order].cumsum(0).tolist()]
+            losses = _losses(choice.score[order], None if additive else float(choice.size[order].double().mean()))
             columns.append(Column(order, losses, _levels(len(units), gone, step), rates))
     return [column for column in columns if len(column.levels) > 1]
+
+
+def _losses(scores: Tensor, norms: float | None) -> list[float]:
+    """Return what is lost with the first so many of ascending scores, from none to all.
+
+    Args:
+        norms: BatchNorms that each of them is in; None: the scores are losses that add up.
+    """
+    if norms is None:
+        return [0.0, *scores.cumsum(0).tolist()]
+    energy = scores.square()
+    left = energy.flip(0).cumsum(0).flip(0)  # with each of them, and all stronger ones
+    whole = float(left[0])
+    if not whole:
+        return [0.0] * (len(scores) + 1)
+    return [*(-norms * (left / whole).clamp_min(1e-12).log()).tolist(), -norms * math.log(1e-12)]
 
 
 def _rates(dense: list[Widths], thin: list[Widths], gone: int, timed: set[int]) -> dict[int, Widths]:

@@ -41,6 +41,7 @@ class Latency(Criterion):
         measure: gives the share of the dense network's time that the whole network of a plan takes.
         asked: what a plan records beside the share: the engine, and how it is timed.
         step: kept channels are multiples of it.
+        additive: as Knapsack takes it.
         tolerance: of the share, as a share of it.
     """
 
@@ -51,11 +52,12 @@ class Latency(Criterion):
         measure: Callable[[PruningPlan], float],
         asked: Mapping[str, Any] | None = None,
         step: int = STEP,
+        additive: bool = False,
         tolerance: float = TOLERANCE,
     ) -> None:
         check_number("budget.latency", share, 0, 1, above=True, below=True)
         self.share, self.times, self.measure, self.asked = share, times, measure, dict(asked or {})
-        self.step, self.tolerance = step, tolerance
+        self.step, self.additive, self.tolerance = step, additive, tolerance
         self.tries: list[Try] = []
 
     def describe(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Latency(Criterion):
         Raises:
             GraphError: unreachable; the message gives the nearest that can be reached.
         """
-        knapsack = Knapsack(choice, settling, self.times, self.step)
+        knapsack = Knapsack(choice, settling, self.times, self.step, self.additive)
         self.tries = []
         aim = self.share
         while len(self.tries) < MOST_TRIES:

@@ -33,6 +33,7 @@ from slimming.stages.sources import Source
 
 ENGINES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # runtime -> engine
 PACKAGES = {"torch": (), "onnx": onnx_format.PACKAGES, "openvino": (*onnx_format.PACKAGES, "openvino")}
+ADDITIVE = ("lamp", "reconstruction")  # scores that say what a channel costs when its turn comes
 TABLE_FORMAT = 1
 WORTHWHILE = 0.1  # of what is asked for: a network that is farther off at a glance is not measured any better
 
@@ -68,7 +69,8 @@ class LatencyBudget:
         self.counted: list[tuple[dict[str, list[int]], Share]] = []  # kept channels and their share
         asked = {"runtime": cfg.runtime, "batch": cfg.latency_batch, "threads": _threads(cfg)}
         step = cfg.round_to if cfg.round_to > 1 else STEP
-        self.criterion = Latency(cfg.budget.latency, times, self._measure, asked, step)
+        additive = cfg.score in ADDITIVE
+        self.criterion = Latency(cfg.budget.latency, times, self._measure, asked, step, additive)
 
     def _written(self, model: nn.Module, name: str, plans: list[PruningPlan]) -> Path:
         """Write a network, and the plans that led to it from the checkpoint's, as its engine reads it."""
