@@ -1,5 +1,8 @@
 """`shrink=true`: channels leave while the network trains, and nothing else changes."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -9,10 +12,13 @@ from torch import nn
 import slimming
 from conftest import compose_config
 from slimming import checkpoint, stages
+from slimming.errors import ConfigError, SlimmingError
 from slimming.training import shrinking
 
 SMALL = ("data=digits", "data.image_size=8", "data.crop=1", "trainer.accelerator=cpu", "trainer.max_epochs=5")
 SMALL += ("trainer.enable_progress_bar=false", "trainer.limit_train_batches=6")
+HERE = Path(__file__).parent
+SHRINK = ("shrink.epochs=1", "shrink.round_to=1")
 VGG = ("model=vgg11", "model.widths=[4,M,6]")
 
 
@@ -22,6 +28,15 @@ class Fades(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and trainer.is_last_batch):
             norm.weight.data[0] = 0.0
+
+
+class Dies(Callback):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.current_epoch == self.epoch:
+            raise SlimmingError("the first cause")
 
 
 FADES = "+callbacks.fades._target_=test_shrink_stage.Fades"
@@ -36,7 +51,7 @@ def gone(out) -> list[int]:
 
 
 def test_channels_leave_and_the_record_tells(tmp_path, capsys):
-    accuracy = train(tmp_path, *VGG, "shrink.epochs=1")
+    accuracy = train(tmp_path, *VGG, *SHRINK)
     record = result(tmp_path)
     # The first layer keeps its last channel; that one is no reason to try again. After the last epoch nothing leaves.
     assert gone(tmp_path) == [2, 2, 2, 1] and record["widths"] == [1, "M", 2]
@@ -57,22 +72,25 @@ def test_channels_leave_and_the_record_tells(tmp_path, capsys):
 
 
 SETTINGS = {
-    "sgd": (*VGG, "shrink.epochs=1", "data.val_size=0.2"),
-    "two epochs": (*VGG, "shrink=true", "trainer.max_epochs=6", "decay_batchnorm=false"),
-    "adamw": (*VGG, "shrink.epochs=1", "optimizer=adamw", "scheduler=cosine"),
-    "auto": (*VGG, "shrink.epochs=1", "sparsity=auto", "target_ratio=0.5"),
-    "polarization": (*VGG, "shrink.epochs=1", "penalty=polarization", "penalty.t=1"),
+    "sgd": (*VGG, *SHRINK, "data.val_size=0.2"),
+    "two epochs": (*VGG, "shrink.epochs=2", "shrink.round_to=1", "trainer.max_epochs=6", "decay_batchnorm=false"),
+    "adamw": (*VGG, *SHRINK, "optimizer=adamw", "scheduler=cosine"),
+    "auto": (*VGG, *SHRINK, "sparsity=auto", "target_ratio=0.5"),
+    "polarization": (*VGG, *SHRINK, "penalty=polarization", "penalty.t=1"),
     "residual": (
-        *("model=preresnet20", "model.width=0.25", "sparsity=0.01", "penalty=group", "shrink.epochs=1"),
+        *("model=preresnet20", "model.width=0.25", "sparsity=0.01", "penalty=group", *SHRINK),
         *("trainer.accumulate_grad_batches=3", "trainer.precision=bf16-mixed"),
     ),
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("where", ["within an epoch", "before the file is rewritten", "after it"])
+WHERE = ("within an epoch", "before the file is rewritten", "after it")
+CASES = [("sgd", where) for where in WHERE] + [(name, WHERE[i % 3]) for i, name in enumerate([*SETTINGS][1:])]
+
+
+@pytest.mark.parametrize(("setting", "where"), CASES)
 def test_resumed_equals_uninterrupted(setting, where, tmp_path, monkeypatch):
-    overrides = setting
+    overrides = SETTINGS[setting]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(straight, *overrides)
     assert gone(straight)
@@ -105,3 +123,170 @@ def test_resumed_equals_uninterrupted(setting, where, tmp_path, monkeypatch):
     assert histories[0] == histories[1] and len(histories[0]) >= 5
     for key in ("gammas", "shrinks", "widths", "cost"):
         assert result(straight)[key] == result(stopped)[key]
+
+
+def test_a_checkpoint_of_the_best_epoch_has_the_width_of_that_epoch(tmp_path):
+    train(tmp_path, *VGG, *SHRINK, "data.val_size=0.2")
+    best = result(tmp_path)["metrics"]["best_epoch"]
+    plans = checkpoint.read(tmp_path / "best.ckpt").record.plans
+    assert len(plans) == sum(s["epoch"] < best for s in result(tmp_path)["shrinks"])
+    slimming.load(tmp_path / "best.ckpt")
+
+
+def prune(out, *overrides):
+    common = (f"checkpoint={out}/last.ckpt", "latency_batch=0", "calibrate.batches=2")
+    return stages.prune(compose_config(*common, *overrides, name="prune"), out.parent / folder(*overrides))
+
+
+def folder(*overrides) -> str:
+    return "_".join(overrides).replace("=", "-")
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory):
+    """A training of 10 gammas that 4 have left."""
+    out = tmp_path_factory.mktemp("shrunk") / "run"
+    train(out, *VGG, *SHRINK, "trainer.max_epochs=3")
+    assert sum(gone(out)) == 4
+    return out
+
+
+@pytest.mark.parametrize("ties", ["together", "apart"])
+@pytest.mark.parametrize(("ratio", "removed"), [(0.7, 7), (0.4, 4), (0.2, 4), (0.0, 4)])
+def test_a_ratio_counts_the_channels_that_the_training_began_with(shrunk, ratio, removed, ties):
+    prune(shrunk, f"ratio={ratio}", f"ties={ties}")
+    out = shrunk.parent / folder(f"ratio={ratio}", f"ties={ties}")
+    record, sparse = result(out), result(shrunk)
+    assert (record["plan"]["removed"], record["plan"]["candidates"]) == (removed, 10)
+    assert record["ratio"] == {"asked": ratio or None or 0.0, "got": removed / 10}
+    assert record["cost_before"] == sparse["cost_before"] and record["widths_before"] == [4, "M", 6]
+    assert record["metrics"]["test/acc_before"] == pytest.approx(sparse["metrics"]["test/acc"], abs=1e-6)
+    thin = slimming.load(out / "pruned.ckpt")
+    assert sum(p.numel() for p in thin.parameters()) == record["cost"]["num_params"]
+    assert len(checkpoint.read(out / "pruned.ckpt").record.plans) == 1
+    if removed == 4:
+        assert record["cost"] == sparse["cost"]
+        assert record["metrics"]["test/acc_pruned"] == pytest.approx(sparse["metrics"]["test/acc"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        ("budget.macs=0.5",),
+        ("threshold=0",),
+        ("criterion=optimal",),
+        ("criterion=per_layer", "ratio=0.5"),
+        ("ratio=0.5", "score=weight_l1"),
+        ("ratio=0.5", "score=random"),
+        ("ratio=0.5", "score=lamp", "per=macs"),
+        ("ratio=0.5", "score=reconstruction", "repair=true"),
+    ],
+    ids="-".join,
+)
+def test_what_has_left_stays_away_whatever_the_criterion(shrunk, criterion):
+    prune(shrunk, *criterion)
+    record = result(shrunk.parent / folder(*criterion))
+    assert all(now <= then for now, then in zip(record["widths"], result(shrunk)["widths"], strict=True) if now != "M")
+    if "ratio=0.5" in criterion and "criterion=per_layer" not in criterion:
+        assert record["plan"]["removed"] == 5
+    asked = [c.partition("=")[2] for c in criterion if c.startswith("score=")]
+    assert [record["criterion"]["score"]] == asked if asked else "score" not in record["criterion"]
+    if criterion[0].startswith("budget"):
+        assert record["cost"]["macs"] <= 0.5 * record["cost_before"]["macs"]
+
+
+def test_a_shrunk_network_is_trained_further(shrunk, tmp_path):
+    prune(shrunk, "ratio=0.5")
+    pruned = shrunk.parent / "ratio-0.5/pruned.ckpt"
+    common = ("trainer.max_epochs=3", FADES, "sparsity=0.01", *SHRINK)
+    stages.finetune(compose_config(f"checkpoint={pruned}", *common, name="finetune"), tmp_path / "again")
+    assert gone(tmp_path / "again") == [1, 1]  # the first layer has one channel left
+    stages.finetune(compose_config(f"checkpoint={shrunk}/last.ckpt", name="finetune"), tmp_path / "as it is")
+    assert result(tmp_path / "as it is")["cost"] == result(shrunk)["cost"]
+    with pytest.raises(ConfigError, match="optimizer_state=true: channels left while"):
+        stages.finetune(
+            compose_config(f"checkpoint={pruned}", "optimizer_state=true", name="finetune"), tmp_path / "state"
+        )
+
+
+@pytest.mark.slow
+def test_the_pipeline_shrinks_in_every_pass(tmp_path):
+    quick = ("latency_batch=0", "calibrate.batches=2", "ratio=0.5", "sparsity=0.01", "finetune.max_epochs=1")
+    passes = ("passes=2", "baseline=true", *SHRINK, "trainer.max_epochs=3")
+    stages.slim(compose_config(*SMALL, *VGG, FADES, *quick, *passes, name="slim"), tmp_path)
+    assert "shrinks" not in result(tmp_path / "baseline")
+    assert gone(tmp_path / "sparse") and gone(tmp_path / "pass-2/sparse")
+    first, second = (result(tmp_path / name / "ratio-0.5/pruned") for name in (".", "pass-2"))
+    assert first["widths_before"] == [4, "M", 6] and second["widths_before"] == first["widths"]
+    page = (tmp_path / "report.md").read_text()
+    assert "shrinking" in page
+    wide = first["cost_before"]["num_params"]
+    assert f"{first['cost']['num_params']:,} ({first['cost']['num_params'] / wide - 1:+.1%})" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["shrink=true", "sparsity=0"], "shrink=true needs a penalty"),
+        (["shrink=yes please"], "shrink must be true, false, or shrink.epochs"),
+        (["shrink.epochs=-1"], "shrink.epochs must be a whole number >= 0"),
+        (["shrink.epochs=1", "shrink.threshold=1"], "shrink.threshold must be a number > 0 and < 1"),
+        (["shrink.epochs=1", "shrink.threshold=0"], "shrink.threshold must be a number > 0 and < 1"),
+        (["shrink.epochs=1", "shrink.round_to=0"], "shrink.round_to must be a whole number >= 1"),
+        (["shrink.threshold=0.1"], "shrink.threshold and shrink.round_to need shrink.epochs=2 beside them"),
+        (["shrink=true", "+trainer.min_epochs=3"], "shrink=true and trainer.min_epochs exclude each other"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_values_that_do_not_fit_are_named(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        compose_config(*SMALL, *overrides)
+
+
+def test_the_pipeline_does_not_let_layers_leave_that_are_to_stay():
+    with pytest.raises(ConfigError, match="shrink=true and ignore="):
+        compose_config("shrink=true", "ignore=[feature.1]", name="slim")
+
+
+def test_averaged_weights_would_stay_wide(tmp_path):
+    average = "+callbacks.average={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.1}"
+    with pytest.raises(ConfigError, match="shrink=true and the callback StochasticWeightAveraging exclude each other"):
+        train(tmp_path, *VGG, "shrink=true", average)
+
+
+def test_off_is_off(tmp_path):
+    for name, override in (("default", "seed=1"), ("off", "shrink=false")):
+        train(tmp_path / name, *VGG, override)
+        assert "shrinks" not in result(tmp_path / name)
+    a, b = (checkpoint.read(tmp_path / name / "last.ckpt") for name in ("default", "off"))
+    assert equal(a.content["state_dict"], b.content["state_dict"]) and a.record.config == b.record.config
+    assert "Shrinking" not in a.content["callbacks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_two_processes_equal_one(interrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([*map(str, (HERE, HERE.parent)), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    setting = (*SMALL, *VGG, FADES, "trainer.precision=64-true", "data.augment=false", "sparsity=0.01")
+    setting = (*setting, *SHRINK, "+callbacks.f._target_=test_devices.Frozen")
+    one, two = tmp_path / "one", tmp_path / "two"
+    stages.run_on_devices("train", compose_config(*setting), one)
+    two_devices = (*setting, "trainer.devices=2")
+    if interrupted:
+        dies = "+callbacks.d={_target_: test_shrink_stage.Dies, epoch: 3}"
+        with pytest.raises(SlimmingError, match="the first cause"):
+            stages.run_on_devices("train", compose_config(*two_devices, dies), two)
+        assert len(checkpoint.read(two / "last.ckpt").record.plans) == 3
+        two_devices = (*two_devices, "resume=true")
+    stages.run_on_devices("train", compose_config(*two_devices), two)
+    assert gone(one) == gone(two) == [2, 2, 2, 1]
+    alone, first, second = (torch.load(p, weights_only=True) for p in (one / "rank0.pt", *two.glob("rank?.pt")))
+    for key in alone:
+        torch.testing.assert_close(first[key], alone[key], rtol=1e-11, atol=1e-12)
+        assert torch.equal(first[key], second[key]), key
+    for a, b in zip(result(one)["history"], result(two)["history"], strict=True):
+        for key in ("train/loss", "train/penalty", "train/acc", "test/acc", "gammas_left"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key

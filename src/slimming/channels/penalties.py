@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slimming.channels.graph.streams import streams
 from slimming.channels.options import PenaltyOptions, check_penalty
@@ -57,10 +58,10 @@ class Polarization(Penalty):
         self.t = t
 
     def slopes(self, gammas: list[Tensor]) -> list[Tensor]:
-        flat = _joined(gammas)
+        flat = self._all(gammas)
         side = (flat - flat.mean()).sign()
         slopes = self.t * flat.sign() - side + side.mean()  # the last term: every gamma moves the mean
-        return _like(gammas, slopes)
+        return _like(gammas, slopes[: len(flat) - self.removed])
 
     def after_step(self, gammas: list[Tensor], lr: float) -> None:
         torch._foreach_clamp_min_(gammas, 0.0)
@@ -68,9 +69,13 @@ class Polarization(Penalty):
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        flat = _joined(list(self.gammas.values()))
+        flat = self._all(list(self.gammas.values()))
         apart = (flat - flat.sum() / max(1, len(flat))).abs().sum()
         return (self.t * flat.abs().sum() - apart) * self.sparsity
+
+    def _all(self, gammas: list[Tensor]) -> Tensor:
+        """Return all gammas in one row, zeros for those that have left the network."""
+        return functional.pad(_joined(gammas), (0, self.removed))
 
     def reach(self, lr_sum: float, momentum: float | None) -> float | None:
         """Return a bound: below the mean a gamma is pulled by t + 1, and by less than 1 more where most lie above it."""
@@ -102,15 +107,23 @@ class Grouped(Penalty):
 
     def __init__(self, gammas: dict[str, nn.Parameter], sparsity: float, groups: Tensor) -> None:
         super().__init__(gammas, sparsity)
-        self.groups = groups
-        sizes = groups.bincount()
+        self._arrange(groups, groups.bincount())
+
+    def narrow(self, wide: Penalty, kept: Tensor) -> None:
+        """Groups lose members, but no weight: a member that has left is a zero among them."""
+        assert isinstance(wide, Grouped)
+        super().narrow(wide, kept)
+        self._arrange(wide.groups[kept], wide.sizes)
+
+    def _arrange(self, groups: Tensor, sizes: Tensor) -> None:
+        self.groups, self.sizes = groups, sizes
+        counts = groups.bincount(minlength=len(sizes))
         order = groups.argsort(stable=True)
-        place = torch.arange(len(groups)) - (sizes.cumsum(0) - sizes)[groups[order]]
+        place = torch.arange(len(groups)) - (counts.cumsum(0) - counts)[groups[order]]
         # (groups, largest size) positions of members, len(groups) where there is none: gathering sums in one order on every
         # device and rank, which adding by index does not.
-        self.members = torch.full((len(sizes), int(sizes.max()) if len(sizes) else 0), len(groups))
+        self.members = torch.full((len(sizes), int(counts.max()) if len(sizes) else 0), len(groups))
         self.members[groups[order], place] = order
-        self.sizes = sizes
 
     def _norms(self, flat: Tensor) -> Tensor:
         """Return (groups,) the weighted norms; their numbers follow the gammas to their device."""

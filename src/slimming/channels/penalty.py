@@ -125,6 +125,15 @@ class Penalty:
         gammas = [g.detach().abs().float().cpu().flatten() for g in self.gammas.values()]
         return torch.cat([*gammas, torch.zeros(self.removed)])
 
+    def narrow(self, wide: "Penalty", kept: torch.Tensor) -> None:
+        """Count what has left the network since a wider one's penalty was made.
+
+        Args:
+            wide: of the same kind.
+            kept: (gammas,) of its gammas those that this penalty acts on, in order.
+        """
+        self.removed = len(wide.flat()) - len(kept)
+
     def reach(self, lr_sum: float, momentum: float | None) -> float | None:
         """Return how far the penalty alone can move what `moves` names, for sparsity 1; None: not known.
 

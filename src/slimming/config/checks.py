@@ -124,7 +124,7 @@ def _shrink(given: Any) -> ShrinkConfig | None:
         raise ConfigError(f"shrink must be true, false, or shrink.epochs=<how many>; got {given!r}")
     if not given.epochs and given != ShrinkConfig():
         raise ConfigError(
-            f"shrink.threshold={given.threshold:g} needs shrink.epochs={SHRINK_EPOCHS} beside it: shrink is off"
+            f"shrink.threshold and shrink.round_to need shrink.epochs={SHRINK_EPOCHS} beside them: shrink is off"
         )
     return given if given.epochs else None
 
@@ -275,10 +275,13 @@ def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
 
 
 def _check_slim(config: SlimConfig) -> None:
-    if config.shrink:
-        raise ConfigError("shrink=true is for train.py: slim.py prunes by shares of the whole network")
     if config.task != "classification" and config.finetune.distill:
         raise ConfigError(f"finetune.distill=true is for task=classification, and this is task={config.task}")
+    if config.shrink and config.ignore:
+        raise ConfigError(
+            f"shrink=true and ignore={config.ignore} exclude each other: of every penalised BatchNorm channels leave; "
+            "give those to penalise by penalty.layers"
+        )
     if config.ratio == []:
         raise ConfigError("ratio=[] is empty: give one or more shares in [0, 1)")
     if len(set(ratios(config))) < len(ratios(config)):

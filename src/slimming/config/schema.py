@@ -30,6 +30,12 @@ class ShrinkConfig:
     threshold: float = option(
         0.01, "|gamma| is low below this share of the largest", low=0, high=1, above=True, below=True
     )
+    round_to: int = option(
+        8,
+        "kept channels of every BatchNorm are rounded up to a multiple of this, because convolutions of odd widths take longer",
+        low=1,
+        whole=True,
+    )
 
 
 @dataclass

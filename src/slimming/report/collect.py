@@ -91,7 +91,7 @@ def _wrong_numbers(result: dict) -> str:
     pruned = result["role"] == "pruned"
     if not all(isinstance(value, float | int | None) for value in result["metrics"].values()):
         return "incomplete: metrics are not numbers"
-    for key in ("cost", "cost_before") if pruned else ("cost",):
+    for key in ("cost", "cost_before") if pruned or result.get("cost_before") else ("cost",):
         cost = result.get(key)
         if not isinstance(cost, dict) or not all(isinstance(cost.get(k), int) for k in ("num_params", "macs")):
             return f"incomplete: {key} needs num_params and macs"

@@ -11,7 +11,8 @@ from slimming.records import SCORES, Score, what_matters
 EARLIER_NAMES = {"restored": "put_back", "dead": "followed"}  # of the counts of a plan
 
 
-PENALTY = ("sparsity", "target_ratio", "penalty")  # keys of a configuration that say how gammas are penalised
+# Keys of a configuration that say how gammas are penalised, and whether channels leave by that.
+PENALTY = ("sparsity", "target_ratio", "penalty", "shrink")
 
 
 @dataclass(eq=False)

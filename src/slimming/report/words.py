@@ -16,7 +16,7 @@ def training(run: Run) -> str:
     data = config.get("data")
     held_out = data.get("val_size") if isinstance(data, dict) else None
     kind = "" if run.penalty == "l1" else f"{run.penalty}, "
-    words = [f"{kind}{_lambda(config)}"] * (run.role == "sparse")
+    words = [f"{kind}{_lambda(config)}"] * (run.role == "sparse") + ["shrinking"] * bool(config.get("shrink"))
     words += [f"{run.epochs} epochs"] * bool(run.epochs) + [f"val_size {held_out}"] * bool(held_out)
     return ", ".join(words)
 

@@ -185,6 +185,10 @@ def _sliced_state(cfg: FinetuneConfig, recipe: TrainConfig, record: Record, dens
         raise ConfigError(f"optimizer_state=true needs the checkpoint that {cfg.checkpoint} was pruned from, at {path}")
     before = checkpoint.read(path)
     config = before.record.need(path, "config").config or {}
+    if len(before.record.plans) >= len(record.plans):
+        raise ConfigError(
+            f"optimizer_state=true: channels left while {path} was trained, and its state with them; begin without it"
+        )
     if not _has_state(before.content.get("optimizer_states")):
         raise ConfigError(f"optimizer_state=true: {path} holds no optimizer state")
     was, now = (c.get("optimizer", {}).get("_target_") for c in (config, plain(recipe)))

@@ -1,7 +1,7 @@
 """The training of a network, new or thin: what `train` and `finetune` have in common."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 from slimming.channels.copying import copy_model
 from slimming.channels.cost import Cost, widths
 from slimming.channels.layers import synchronise
-from slimming.channels.penalty import batchnorm_gammas, near_zero_share, other_norms
+from slimming.channels.penalty import Penalty, batchnorm_gammas, near_zero_share, other_norms
+from slimming.channels.surgery import prune
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.data import ImageData
@@ -31,7 +32,7 @@ from slimming.training.module import PenalisedModule
 from slimming.training.progress import EpochLines
 from slimming.training.recorder import BINS, AtomicCheckpointIO, Recorder
 from slimming.training.schedules import lr_per_epoch, sgd_momentum
-from slimming.training.shrinking import Shrinking
+from slimming.training.shrinking import Shrinking, staying
 from slimming.training.steering import Steering
 
 
@@ -100,7 +101,8 @@ class _Fitting:
         self.cfg, self.network, self.data, self.out = cfg, network, data, out
         self.factories = {k: build(k, getattr(cfg, k), _partial_=True) for k in ("optimizer", "scheduler")}
         self.rates = _rates(self.factories, cfg.trainer["max_epochs"])
-        self.penalised = sum(map(len, batchnorm_gammas(network.model, cfg.penalty.layers).values()))
+        self.wide: Penalty | None = None  # of the network that the training began with, once channels have left it
+        self.kept = torch.empty(0, dtype=torch.long)  # of its gammas
         self.left = shrinking.leaving(cfg, network.model, network.record, self._example())
         self.shrinking = [Shrinking(cfg.shrink.threshold, cfg.shrink.epochs)] if cfg.shrink else []
         self.steering: list[Steering] = []
@@ -108,16 +110,29 @@ class _Fitting:
     def _example(self) -> torch.Tensor:
         return example_of(self.data).to(dtype_of(self.network.model))
 
-    def become_as_left(self, saved: Checkpoint) -> None:
-        """Let the channels go that a training's last.ckpt lacks."""
-        self.network.model, self.network.record = shrinking.as_left(self.network.model, self.network.record, saved)
+    def become_as_left(self, saved: Checkpoint) -> bool:
+        """Let the channels go that a training's last.ckpt lacks; return whether there were any."""
+        if self.cfg.shrink and self.wide is None:
+            self.wide = self._module().penalty
+            self.kept = torch.arange(len(self.wide.flat()))
+        plans = shrinking.plans_since(self.network.record, saved)
+        for plan in plans:
+            self.kept = self.kept[staying(batchnorm_gammas(self.network.model, self.cfg.penalty.layers), plan)]
+            self.network.model = prune(self.network.model, plan, verify=False)
+        self.network.record = replace(self.network.record, plans=saved.record.plans)
+        return bool(plans)
 
     def module(self) -> PenalisedModule:
+        """Build the LightningModule of the network as it is now."""
         if self.cfg.channels_last:
             self.network.model.to(memory_format=torch.channels_last)
-        module = _module(self.cfg, self.network, self._example(), self.data.num_classes, self.factories)
-        module.penalty.removed = self.penalised - sum(map(len, module.penalty.gammas.values()))
+        module = self._module()
+        if self.wide is not None:
+            module.penalty.narrow(self.wide, self.kept)
         return module
+
+    def _module(self) -> PenalisedModule:
+        return _module(self.cfg, self.network, self._example(), self.data.num_classes, self.factories)
 
     def callbacks(self, module: PenalisedModule) -> list[pl.Callback]:
         self.steering = _steering(self.cfg, module, self.rates)
@@ -130,11 +145,11 @@ class _Fitting:
         self._fit(trainer, module, resume)
         while any(callback.due for callback in self.shrinking):
             saved = shrinking.go_on(trainer, self.left, self.out / LAST, self.network.model)
-            self.become_as_left(saved)
+            if self.become_as_left(saved):
+                announce_shrink(trainer.print, self.network.record, try_model(self.network.model, self._example()))
             module = self.module()
             for callback in self.steering:
                 callback.penalty = module.penalty
-            announce_shrink(trainer.print, self.network.record, try_model(self.network.model, self._example()))
             self._fit(trainer, module, resume=True)
         return module
 

@@ -73,9 +73,7 @@ def announce_start(say: Say, cfg: TrainConfig, trainer: pl.Trainer, start: Check
 
 
 def announce_shrink(say: Say, record: Record, costs: Cost) -> None:
-    """Say what has left the network; nothing where all had to stay."""
-    if not record.plans:
-        return
+    """Say what has left the network by the last plan of its record."""
     asked, got = record.plans[-1]["asked"], record.plans[-1]["got"]
     say(f"  after epoch {asked['epoch']}, {got['removed'] + got['dead']:,} gammas left the network: {size(costs)}")
 

@@ -73,7 +73,7 @@ def _slim(cfg: SlimConfig, out: Path) -> float:
     cfg = dataclasses.replace(cfg, trainer=settled(cfg.trainer, *begun))  # one precision for all stages
     recipe = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
     if cfg.baseline:
-        _stage(train, TrainConfig(**recipe | {"sparsity": 0.0, "target_ratio": None}), out / "baseline")
+        _stage(train, TrainConfig(**recipe | {"sparsity": 0.0, "target_ratio": None, "shrink": None}), out / "baseline")
     accuracy, before = math.nan, None
     for number in range(1, cfg.passes + 1):
         folder = out if number == 1 else out / f"pass-{number}"
@@ -84,6 +84,7 @@ def _slim(cfg: SlimConfig, out: Path) -> float:
                 "sparsity": cfg.sparsity,
                 "target_ratio": cfg.target_ratio,
                 "penalty": cfg.penalty,
+                "shrink": cfg.shrink,
                 "seed": cfg.seed,
             }
             _stage(finetune, _tuning(cfg, before, **again), folder / "sparse")

@@ -1,6 +1,5 @@
 """Going on with a thinner network in the middle of a training."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import nn
 
 from slimming import checkpoint
 from slimming.channels.plan import PruningPlan
-from slimming.channels.surgery import prune
 from slimming.checkpoint import Checkpoint
 from slimming.config import TrainConfig
 from slimming.errors import ConfigError
@@ -32,7 +30,7 @@ def leaving(cfg: TrainConfig, model: nn.Module, record: Record, example: torch.T
             "shrink=true: the network's layers are split into factors of low rank, which keep their channels"
         )
     asked = cfg.shrink
-    found = Leaving(example, cfg.penalty.layers, cfg.decay_batchnorm, asked.threshold, asked.epochs)
+    found = Leaving(example, cfg.penalty.layers, cfg.decay_batchnorm, asked.threshold, asked.epochs, asked.round_to)
     found.check(model)
     return found
 
@@ -47,14 +45,9 @@ def check_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
-def as_left(model: nn.Module, record: Record, saved: Checkpoint) -> tuple[nn.Module, Record]:
-    """Return a network and its record as a training's last.ckpt has left them: without the channels that went since.
-
-    The weights are yet to be loaded.
-    """
-    for plan in saved.record.plans[len(record.plans) :]:
-        model = prune(model, PruningPlan.from_dict(plan), verify=False)
-    return model, replace(record, plans=saved.record.plans)
+def plans_since(record: Record, saved: Checkpoint) -> list[PruningPlan]:
+    """Return the plans by which channels have left, in a training that began with a record and has left a last.ckpt."""
+    return [PruningPlan.from_dict(plan) for plan in saved.record.plans[len(record.plans) :]]
 
 
 def go_on(trainer: pl.Trainer, left: Leaving, path: Path, model: nn.Module) -> Checkpoint:

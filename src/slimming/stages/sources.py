@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from slimming import checkpoint, reference
+from slimming.channels import surgery
+from slimming.channels.plan import PruningPlan
 from slimming.checkpoint import Checkpoint
 from slimming.config import ExportConfig, PruneConfig
 from slimming.data import ImageData
 from slimming.errors import ConfigError, DataError
 from slimming.records import Record
 from slimming.stages.building import build, build_data, dtype_of, inherit, model_label, model_spec
+from slimming.stages.restoring import at_full_width
 from slimming.stages.tasks import Task, task_of
+from slimming.training.shrinking import shrinks
 
 SourceConfig = PruneConfig | ExportConfig
 REFERENCE_SIZE = 32  # pixels of the images of all data sets that reference implementations train on
@@ -35,11 +39,14 @@ class Source:
 
     Attributes:
         dense: builds the network before its first pruning, with any weights; None where this one is it.
+        shrunk: channels left while it trained (`shrink=true`); to be pruned, it has the width from before that, and zeros for
+            what has left, so that a share of its channels, or of its cost, is one of the network that the training began with.
     """
 
     model: nn.Module
     record: Record
     dense: Callable[[], nn.Module] | None = None
+    shrunk: bool = False
 
     @property
     def label(self) -> str:
@@ -86,9 +93,22 @@ def _load_ours(cfg: SourceConfig, need: DataNeed | None, saved: Checkpoint) -> t
     if data:
         record.data = data.statistics()
     given = _given_network(cfg, task_of(record.config).facts(cfg.model, record.data or {}))
+    model = checkpoint.rebuild(saved, given)
+    left = shrinks(record.plans) if isinstance(cfg, PruneConfig) else []
+    if left:
+        record.plans = record.plans[: -len(left)]
+        model = at_full_width(_before(saved, given, record.plans), model, left)
     changed = record.plans or record.low_rank
     dense = partial(checkpoint.architecture, saved, given, pruned=False) if changed else None
-    return Source(checkpoint.rebuild(saved, given), record, dense), data
+    return Source(model, record, dense, shrunk=bool(left)), data
+
+
+def _before(saved: Checkpoint, given: nn.Module | None, plans: list[dict]) -> nn.Module:
+    """Build the network that the first plans of a checkpoint lead to."""
+    model = checkpoint.architecture(saved, given, pruned=False)
+    for plan in plans:
+        model = surgery.prune(model, PruningPlan.from_dict(plan), verify=False)
+    return model
 
 
 def _load_reference(

@@ -17,7 +17,7 @@ class EpochLines(ProgressBar):
 
     def __init__(self):
         super().__init__()
-        self._enabled = True
+        self._enabled, self._headed = True, False
         self._bar: Progress | None = None
         self._console = Console(highlight=False, soft_wrap=True)
         self._score = "acc"
@@ -30,7 +30,8 @@ class EpochLines(ProgressBar):
 
     def on_fit_start(self, trainer, module) -> None:
         self._score = module.score
-        if self._enabled:
+        if self._enabled and not self._headed:  # fits that follow one another are one table
+            self._headed = True
             score = "val" if "val" in trainer.datamodule.splits else "test"
             self._console.print(HEAD.format(f"{score:>7}"), style="bold")
 

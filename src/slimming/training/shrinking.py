@@ -27,6 +27,8 @@ from slimming.training.module import parameter_groups
 
 WORTH = 0.01  # share of the gammas that must have newly stayed low: a fit takes a second or several to begin
 
+STAYED_LOW = "StayedLow"  # the criterion that a plan names
+
 
 class Shrinking(Checkpoint):
     """Counts for how many epochs every penalised gamma has stayed low, and ends the fit when enough of them can leave.
@@ -76,23 +78,23 @@ class Shrinking(Checkpoint):
         self.low, self.tried, self.due = state["low"], state["tried"], state["due"]
 
 
-class StayedLow(Criterion):
-    """Every unit all of whose gammas have stayed low.
+class Chosen(Criterion):
+    """Every unit all of whose gammas are chosen already.
 
     Args:
-        low: (all gammas,) bool, in the order of the graph.
-        asked: what a plan records of it.
+        gammas: (all gammas,) bool, in the order of the graph.
+        asked: what a plan records of how they were chosen.
     """
 
-    def __init__(self, low: Tensor, asked: dict[str, Any]) -> None:
-        self.low, self.asked = low, asked
+    def __init__(self, gammas: Tensor, asked: dict[str, Any]) -> None:
+        self.gammas, self.asked = gammas, asked
 
     def choose(self, choice: Choice) -> Tensor:
-        low = torch.zeros_like(choice.size).index_add_(0, choice.unit, self.low[choice.gammas].to(choice.size.dtype))
-        return low == choice.size
+        chosen = self.gammas[choice.gammas].to(choice.size.dtype)
+        return torch.zeros_like(choice.size).index_add_(0, choice.unit, chosen) == choice.size
 
     def describe(self) -> dict[str, Any]:
-        return {"criterion": type(self).__name__} | self.asked
+        return self.asked
 
 
 @dataclass
@@ -104,6 +106,7 @@ class Leaving:
         layers: patterns of the penalised BatchNorms; None: all.
         decay_batchnorm: as the optimizer's groups were made.
         threshold, epochs: of `Shrinking`.
+        round_to: kept channels of every BatchNorm are rounded up to a multiple of this.
     """
 
     example: Tensor
@@ -111,6 +114,7 @@ class Leaving:
     decay_batchnorm: bool
     threshold: float
     epochs: int
+    round_to: int = 1
 
     def check(self, model: nn.Module) -> None:
         """Raise a SlimmingError unless channels of a network could leave it in the middle of a training."""
@@ -157,8 +161,8 @@ class Leaving:
             start += len(gamma)
         if not bool((graph.candidates("together") & stayed).any()):
             return None
-        asked = {"threshold": self.threshold, "epochs": self.epochs, "epoch": epoch}
-        plan = graph.plan(StayedLow(stayed, asked))
+        asked = {"criterion": STAYED_LOW, "threshold": self.threshold, "epochs": self.epochs, "epoch": epoch}
+        plan = graph.plan(Chosen(stayed, asked), round_to=self.round_to)
         return plan if plan.layers else None
 
     def _sliced(self, content: dict, model: nn.Module, plan: PruningPlan) -> dict:
@@ -178,13 +182,19 @@ class Leaving:
 
     def _kept_counts(self, state: dict[str, Any], model: nn.Module, plan: PruningPlan | None) -> dict[str, Any]:
         """Return the callback's state for the gammas that stay; those that were to leave have been tried."""
-        kept, start = [], 0
-        for name, gamma in batchnorm_gammas(model, self.layers).items():
-            stay = range(len(gamma)) if plan is None else plan.keep.get(name, range(len(gamma)))
-            kept += [start + channel for channel in stay]
-            start += len(gamma)
-        low = state["low"][kept]
+        low = state["low"]
+        if plan is not None:
+            low = low[staying(batchnorm_gammas(model, self.layers), plan)]
         return {"low": low, "tried": low >= self.epochs, "due": False}
+
+
+def staying(gammas: dict[str, nn.Parameter], plan: PruningPlan) -> Tensor:
+    """Return which of the penalised gammas of a network a plan keeps, as indices in their order."""
+    kept, start = [], 0
+    for name, gamma in gammas.items():
+        kept += [start + channel for channel in plan.keep.get(name, range(len(gamma)))]
+        start += len(gamma)
+    return torch.tensor(kept)
 
 
 def _laid_out_as(parameter: Tensor, value: Any) -> Any:
@@ -198,7 +208,7 @@ def shrinks(plans: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the plans at the end of a record's that a training has made by `let_go`, in order."""
     found: list[dict[str, Any]] = []
     for plan in reversed(list(plans)):
-        if plan["asked"].get("criterion") != StayedLow.__name__:
+        if plan["asked"].get("criterion") != STAYED_LOW:
             break
         found.insert(0, plan)
     return found
