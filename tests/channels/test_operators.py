@@ -185,8 +185,24 @@ def batch_norm_without_scales():
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
+def anchors():
+    """A detector's head: a grid and strides that come from shapes and types of activations alone."""
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        y = self.head(x)
+        _, _, h, w = y.shape
+        rows = torch.arange(h).type_as(x) + y.new_full((h,), 0.5)
+        columns = torch.linspace(0, 1, w).type_as(x) * x.new_ones(1)
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)  # (2, h * w)
+        centres, sizes = y.flatten(2).chunk(2, 1)
+        return torch.cat((centres + grid, sizes.exp() * y.new_full((1, 2, h * w), 8)), 1)
+
+    return net({"a": conv_bn(3, 8), "head": nn.Conv2d(8, 4, 1)}, forward)
+
+
 UNDERSTOOD = [conv1d, conv3d, transposed, pixel_shuffle, used_twice, dict_output, object_output, functional_layers]
-UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales, stacked]
+UNDERSTOOD += [dense_flatten, upsampled_unet, dynamic_view, batch_norm_without_scales, stacked, anchors]
 
 
 @pytest.mark.parametrize("make", UNDERSTOOD, ids=lambda f: f.__name__)
@@ -271,6 +287,28 @@ def test_what_cannot_be_proven_is_left_alone(how):
     assert together[graph.norms["a.1"].all].all() and not together[graph.norms["b.1"].all].any()
     with pytest.raises(GraphError, match="strict: not everything is understood"):
         slimming.trace(model, IMAGE, strict=True)
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [
+        lambda self, x: x * x.new_full((1, 8, 1, 1), 2.0),
+        lambda self, x: x * x.new_full((1, x.shape[1], 1, 1), 2.0),
+        lambda self, x: x + x.new_ones((x.size(1), 1, 1)),
+        lambda self, x: x * torch.arange(8.0).view(8, 1, 1).type_as(x),
+        lambda self, x: self.mix(x.new_ones((1, x.shape[1]))).mean() + x,
+        lambda self, x: x + torch.meshgrid(x[0, :, 0, 0], x[0, 0, 0, :2], indexing="ij")[0][None, :, :1, None],
+    ],
+    ids=["written", "read", "added", "converted", "counted", "spread"],
+)
+def test_constants_as_wide_as_the_channels_keep_them(grow):
+    def forward(self, x):
+        return self.fc(grow(self, F.relu(self.b(F.relu(self.a(x))))).mean((2, 3)))
+
+    layers = {"a": conv_bn(3, 8), "b": conv_bn(8, 8), "mix": nn.Linear(8, 2), "fc": nn.Linear(8, 2)}
+    graph = check(net(layers, forward), IMAGE)
+    together = graph.candidates("together")
+    assert together[graph.norms["a.1"].all].all() and not together[graph.norms["b.1"].all].any()
 
 
 def test_a_reason_names_the_layer_that_ran_and_no_other():

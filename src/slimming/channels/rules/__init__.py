@@ -5,7 +5,7 @@ raises UnsupportedOperator where it cannot prove anything; the watcher then free
 write a rule in the file of its kind and list it below under its ATen name, without the underscore of the in-place form.
 """
 
-from slimming.channels.rules import elementwise, layers, merging, parts, products, rearranging, space
+from slimming.channels.rules import constants, elementwise, layers, merging, parts, products, rearranging, space
 from slimming.channels.rules.call import Call, Rule
 
 __all__ = ["RULES", "Call"]
@@ -42,6 +42,8 @@ _NAMES: dict[Rule, str] = {
     rearranging.expand_as: "expand_as",
     rearranging.view_as: "view_as reshape_as",
     rearranging.channel_shuffle: "channel_shuffle",
+    constants.new_constant: "new_full new_zeros new_ones new_empty",
+    constants.meshgrid: "meshgrid",
     merging.concatenate: "cat concat",
     merging.stack: "stack",
     parts.chunk: "chunk",
