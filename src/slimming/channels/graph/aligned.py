@@ -33,7 +33,9 @@ class Aligned(Structure):
         """(atoms,) bool: written by a filter, in a tensor of which a layer reads what no gamma makes zero."""
         zero = zero_atoms(self, torch.zeros(self.count, dtype=torch.bool))
         read = torch.cat((self.weighed, self.summed))
-        tensor, (bare, written) = self.recording.component, torch.zeros(2, self.tape.count, dtype=torch.bool)
+        tensor = self.recording.component
+        bare = torch.zeros(self.tape.count, dtype=torch.bool)
+        written = bare.clone()
         bare[tensor[read[~zero[read]]]] = True
         for use in self.tape.uses:
             # The bias of a layer without a module of its own has a name that no plan knows.
