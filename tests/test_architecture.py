@@ -31,7 +31,7 @@ ROOMS = {  # room -> rooms it may import, beside the free ones
     "ranks": set(),
     "stages": {
         *("channels", "models", "data", "report", "checkpoint", "reference", "training", "config", "folders", "ranks"),
-        *("records", "deploy"),
+        *("records", "deploy", "detection"),
     },
     "entry": {"config", "folders", "ranks", "records", "stages"},
     "__init__": set(),

@@ -36,11 +36,12 @@ def test_every_gamma_of_yolov3_is_a_candidate():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
         ("fcos_resnet50_fpn", [1, 1, 1, 1]),
-        pytest.param("fcos_resnet50_fpn", [3, 4, 6, 3], marks=pytest.mark.slow),
+        pytest.param("fcos_resnet50_fpn", [3, 4, 6, 3], marks=pytest.mark.complete),
         ("retinanet_resnet50_fpn_v2", [1, 1, 1, 1]),
     ],
 )

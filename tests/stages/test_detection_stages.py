@@ -113,10 +113,43 @@ def test_an_image_size_that_does_not_divide_is_refused(tmp_path):
         stages.train(compose_config(*SMALL, "data.image_size=40"), tmp_path)
 
 
-def test_an_export_is_refused(sparse, tmp_path):
-    config = compose_config(f"checkpoint={sparse[1] / 'last.ckpt'}", "test_images=0", name="export")
-    with pytest.raises(ConfigError, match="holds a detector, which"):
-        stages.export(on_squares(config), tmp_path)
+def export(path, out, *overrides):
+    return stages.export(on_squares(compose_config(f"checkpoint={path}", *overrides, name="export")), out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["format=torch", "test_images=0"], ["shape=none"]])
+def test_boxes_out(sparse, tmp_path, capsys, more):
+    """What an artefact gives are the boxes and scores that are detected from, as shares of the image."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    prune(sparse[1] / "last.ckpt", tmp_path / "pruned", "ratio=0.5", "test=false")
+    export(tmp_path / "pruned" / "pruned.ckpt", tmp_path / "out", *more)
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["output"]["name"] == "boxes" and facts["output"]["shape"] == ["batch", 3 * (2 * 2 + 4 * 4), 4 + 2]
+    assert facts["accuracy"] is None and facts["parity"]["relative"] < 1e-4
+    assert facts["parity"]["images"] == (32 if "test_images=0" in more else 12)
+    assert "the boxes differ by" in capsys.readouterr().out
+    if more == ["shape=none"]:
+        import onnxruntime
+
+        model = slimming.load(tmp_path / "pruned" / "pruned.ckpt")
+        images = torch.randn(3, 1, 64, 64)
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+        (found,) = session.run(["boxes"], {"images": images.numpy()})
+        with torch.inference_mode():
+            boxes, scores = model.decoded(model(images), (64, 64))
+        torch.testing.assert_close(torch.from_numpy(found[..., :4]) * 64, boxes, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(torch.from_numpy(found[..., 4:]), scores, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("quantize=int8", "quantize=int8 is for classifiers"), ("format=safetensors", "boxes are what is exported")],
+)
+def test_exports_that_there_are_not_are_refused(sparse, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        export(sparse[1] / "last.ckpt", tmp_path, override)
 
 
 def test_a_teacher_is_refused(sparse, tmp_path):

@@ -26,11 +26,13 @@ class Network:
         model: any network of images, in any mode and precision; it stays as it is.
         image: (C, H, W) of its input.
         record: how to rebuild it, for the formats that hold that.
+        output: name of what it gives, for the formats that have names.
     """
 
     model: nn.Module
     image: tuple[int, int, int]
     record: Record
+    output: str = OUTPUT
 
     @property
     def example(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from slimming.deploy.capturing import BATCH, INPUT, OUTPUT, Network, capture, first_lines, layer_of
+from slimming.deploy.capturing import BATCH, INPUT, Network, capture, first_lines, layer_of
 from slimming.errors import ExportError
 from slimming.quiet import only_errors
 
@@ -33,11 +33,11 @@ def write(network: Network, path: Path) -> None:
             f"format=onnx: the weights take {size / 1e9:.1f} GB, and one file of ONNX holds at most 2 GB: "
             "take format=torch or format=safetensors"
         )
-    model = convert(capture(network))
+    model = convert(capture(network), network.output)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def convert(program: ExportedProgram) -> Any:
+def convert(program: ExportedProgram, output: str) -> Any:
     """Return the onnx.ModelProto of a captured network, optimised, checked, and without paths of this machine."""
     import onnx
 
@@ -53,7 +53,7 @@ def convert(program: ExportedProgram) -> Any:
                 external_data=False,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 verbose=False,
             )
         except Exception as error:

@@ -18,5 +18,5 @@ def write(network: Network, path: Path) -> None:
     """
     import openvino
 
-    model = onnx_format.convert(capture(network))
+    model = onnx_format.convert(capture(network), network.output)
     openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)

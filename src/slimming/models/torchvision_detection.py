@@ -47,6 +47,16 @@ class TorchvisionDetector(nn.Module):
         levels = {"num_anchors_per_level": counts} if "bbox_ctrness" in outputs else {}
         return self.net.compute_loss(targets, outputs, anchors, **levels)
 
+    def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1], as torchvision scores them."""
+        deltas, scores = outputs["bbox_regression"].float(), outputs["cls_logits"].float().sigmoid()
+        anchors = self._anchors(outputs, 1, size)[0][0]  # (P, 4)
+        coder = self.net.box_coder
+        if "bbox_ctrness" in outputs:
+            return coder.decode(deltas, anchors[None]), (scores * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
+        flat = coder.decode_single(deltas.flatten(0, 1), anchors.repeat(len(deltas), 1))
+        return flat.view(deltas.shape), scores
+
     def detections(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> list[Detections]:
         """Return what was found in every image, after torchvision's non-maximum suppression."""
         n = len(outputs["cls_logits"])

@@ -72,10 +72,14 @@ class Yolo(nn.Module):
         """Return the parts of the training loss, see `yolo_loss`; `size` of the images is that of the outputs' grids."""
         return yolo_loss(outputs, targets, self.priors, self.strides)
 
+    def decoded(self, outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1]."""
+        found = predictions(outputs, self.priors, self.strides)
+        return found.boxes(), found.scores()
+
     def detections(self, outputs: list[Tensor], size: tuple[int, int]) -> list[Detections]:
         """Return what was found in every image."""
-        found = predictions(outputs, self.priors, self.strides)
-        return choose(found.boxes(), found.scores(), size)
+        return choose(*self.decoded(outputs, size), size)
 
 
 def scaled(priors: Sequence[tuple[float, float]], image_size: int) -> list[tuple[float, float]]:

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Subset
 from slimming import deploy
 from slimming.config import ExportConfig, plain
 from slimming.data import ImageData
-from slimming.deploy.capturing import BATCH, INPUT, OUTPUT, Network
+from slimming.deploy.capturing import BATCH, INPUT, Network
 from slimming.deploy.fresh import fresh_process
 from slimming.deploy.proving import TOLERANCE, Proof, check, prove
-from slimming.errors import ConfigError, ExportError, RunDirectoryError
+from slimming.errors import ExportError, RunDirectoryError
 from slimming.files import replacing, write_text
 from slimming.records import Result
 from slimming.stages.building import data_label, try_model
@@ -61,19 +61,20 @@ def _export(cfg: ExportConfig, run: OngoingStage) -> None:
     names = [NAME + suffix for suffix in file_format.SUFFIXES]
     _check_free(out, [*names, FACTS], cfg.overwrite)
     whole, data = load_source(cfg, _data_need(cfg))
-    if whole.task.name == "detection":
-        raise ConfigError(f"{cfg.checkpoint} holds a detector, which export.py does not know how to write yet")
+    whole.task.check_export(cfg)
+    whole = whole.exported()
     source, split = split_source(cfg, whole)
     result.model, result.data = source.label, data_label(source.training.get("data") or {})
     result.cost = try_model(source.model, source.example).record()
     print(f"{source.label} of {cfg.checkpoint}\n  run directory: {out}")
-    network = Network(source.model, tuple(source.example.shape[1:]), source.record)
+    output = source.task.output(source.model, source.example, source.record.data or {})
+    network = Network(source.model, tuple(source.example.shape[1:]), source.record, output["name"])
     with _workshop(out) as workshop:
         shaping = write_shaped(cfg, source, network, file_format, workshop / names[0])
         with fresh_process(workshop / names[0]) as artefact:
             proof = prove(artefact, source.model, _batches(cfg, data, network))
         check(proof)
-        facts = _facts(cfg, source, network, proof) | {"shaping": shaping}
+        facts = _facts(cfg, source, network, proof) | {"output": output, "shaping": shaping}
         if split:
             facts["low_rank"] = split | compare_split(whole, source, _batches(cfg, data, network))
         if cfg.quantize.to:
@@ -114,7 +115,7 @@ def _data_need(cfg: ExportConfig) -> DataNeed | None:
 
 
 def _batches(cfg: ExportConfig, data: ImageData | None, network: Network) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield images as the network gets them, one alone first of all, with their labels; without data random ones."""
+    """Yield images as the network gets them, one alone first of all, with their classes; without data random ones."""
     if data is None or cfg.test_images == 0:
         generator = torch.Generator().manual_seed(cfg.seed)
         yield from ((torch.randn(n, *network.image, generator=generator), None) for n in RANDOM_BATCHES)
@@ -122,7 +123,7 @@ def _batches(cfg: ExportConfig, data: ImageData | None, network: Network) -> Ite
     for number, (images, labels) in enumerate(_loader(data, cfg.test_images)):
         for part in (slice(0, 1), slice(1, None)) if number == 0 else (slice(None),):
             if len(labels[part]):
-                yield data.transform(images[part]), labels[part]
+                yield data.transform(images[part]), labels[part] if isinstance(labels, Tensor) else None
 
 
 def _loader(data: ImageData, wanted: int | None) -> DataLoader:
@@ -182,7 +183,7 @@ def _facts(cfg: ExportConfig, source: Source, network: Network, proof: Proof) ->
             "mean": seen.get("mean"),
             "std": seen.get("std"),
         },
-        "output": {"name": OUTPUT, "shape": [BATCH, seen["num_classes"]], "classes": seen.get("classes")},
+        "output": None,
         "parity": {
             "images": proof.images,
             "of": "random" if cfg.test_images == 0 else "the test images",

@@ -11,8 +11,8 @@ def summary(facts: dict[str, Any]) -> str:
     before = "before its quantisation " * bool(facts["quantize"])
     lines = [
         f"{' and '.join(facts['files'])}: {facts['size_bytes'] / 1e6:.2f} MB{opset}; {' -> '.join(shapes)}",
-        f"{before}proven in a fresh process on {parity['images']:,} images ({parity['of']}): the logits differ by "
-        f"{parity['relative']:.1e} of the largest (allowed: {parity['allowed']:.0e})",
+        f"{before}proven in a fresh process on {parity['images']:,} images ({parity['of']}): "
+        f"the {facts['output']['name']} differ by {parity['relative']:.1e} of the largest (allowed: {parity['allowed']:.0e})",
     ]
     if accuracy:
         kind = "in int8" if facts["quantize"] else "exported"

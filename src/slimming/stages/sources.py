@@ -61,6 +61,13 @@ class Source:
         """The configuration of its training, {} where that is unknown."""
         return self.record.config or {}
 
+    def exported(self) -> "Source":
+        """Return it as other programs get it: its networks with one output that they can use."""
+        dense = self.dense
+        return replace(
+            self, model=self.task.exported(self.model), dense=dense and (lambda: self.task.exported(dense()))
+        )
+
     @property
     def example(self) -> torch.Tensor:
         """One black image, (1, C, H, W), in the network's precision."""

@@ -51,7 +51,7 @@ def compare_split(whole: Source, split: Source, batches: Iterator[tuple[Tensor, 
             return model(torch.from_numpy(images)).numpy()
 
     proof = prove(run, whole.model, batches)
-    told = f"low rank: the logits differ by {proof.relative:.1e} of the largest"
+    told = f"low rank: the outputs differ by {proof.relative:.1e} of the largest"
     if proof.labelled:
         told += f"; test accuracy {proof.accuracy_before:.2%} whole -> {proof.accuracy:.2%} split"
     print(f"{told}; finetune.py low_rank=<share> trains the factors")

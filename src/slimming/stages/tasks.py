@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from slimming.config import TrainConfig
+from slimming.config import ExportConfig, TrainConfig
+from slimming.deploy.capturing import BATCH, OUTPUT
+from slimming.detection.exported import BoxesOut
 from slimming.errors import ConfigError
 from slimming.records import SCORES
 from slimming.stages.building import takes
@@ -60,6 +63,23 @@ class Task:
     def check_teacher(self) -> None:
         """Raise ConfigError if networks of this task cannot learn from a teacher."""
 
+    def check_export(self, cfg: ExportConfig) -> None:
+        """Raise ConfigError for an export that there is not for this task."""
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        """Return what an artefact computes: the network with one output, that other programs can use."""
+        return model
+
+    def output(self, model: nn.Module, example: Tensor, seen: dict[str, Any]) -> dict[str, Any]:
+        """Describe the output of an artefact.
+
+        Args:
+            model: what it computes.
+            example: (1, C, H, W).
+            seen: statistics of the data.
+        """
+        return {"name": OUTPUT, "shape": [BATCH, seen["num_classes"]], "classes": seen.get("classes")}
+
 
 class Classification(Task):
     """One class per image."""
@@ -84,6 +104,26 @@ class Detection(Task):
 
     def check_teacher(self) -> None:
         raise ConfigError("distillation is for task=classification, and this network is a detector: leave distill out")
+
+    def check_export(self, cfg: ExportConfig) -> None:
+        if cfg.quantize.to:
+            raise ConfigError(
+                f"quantize={cfg.quantize.to} is for classifiers, and this network is a detector: leave it out"
+            )
+        if cfg.format == "safetensors":
+            raise ConfigError(
+                "format=safetensors holds weights and gives raw outputs, and boxes are what is exported of a detector: take "
+                "format=onnx, openvino or torch, or load its checkpoint by slimming.load"
+            )
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        return BoxesOut(model)
+
+    def output(self, model: nn.Module, example: Tensor, seen: dict[str, Any]) -> dict[str, Any]:
+        with torch.inference_mode():
+            shape = model.eval()(example).shape[1:]
+        holds = "x1 y1 x2 y2 as shares of width and height, then a score per class; before non-maximum suppression"
+        return {"name": "boxes", "shape": [BATCH, *shape], "classes": seen.get("classes"), "holds": holds}
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection())}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimming.errors import ConfigError
+from slimming.quiet import only_errors
 from slimming.training.module import PenalisedModule
 
 BACKENDS = ("faster_coco_eval", "pycocotools")  # packages, the faster one first; both compute the same
@@ -102,7 +103,8 @@ def mean_average_precision(pairs: list[tuple[Target, Target]], backend: str) -> 
     metric = MeanAveragePrecision(backend=backend, sync_on_compute=False)
     metric.warn_on_many_detections = False  # a class of an image may well have more than 100
     metric.update([found for found, _ in pairs], [target for _, target in pairs])
-    computed = metric.compute()
+    with only_errors("faster_coco_eval"):  # it tells a table of its own
+        computed = metric.compute()
     return {name: float(computed[theirs]) for name, theirs in PRECISIONS.items()}
 
 
