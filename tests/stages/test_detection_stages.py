@@ -87,6 +87,9 @@ def test_the_pipeline(tmp_path):
     assert score == result(tmp_path / "ratio-0.5" / "finetuned")["metrics"]["test/map50"]
     text = (tmp_path / "report.md").read_text()
     assert "test mAP@0.5 (%)" in text and "accuracy" not in text.lower()
+    drawn = [tmp_path / run / "detections.png" for run in ("sparse", "ratio-0.5/pruned", "ratio-0.5/finetuned")]
+    shown = sorted((tmp_path / "figures").glob("detections_*.png"))
+    assert [p.read_bytes() for p in drawn] == [p.read_bytes() for p in shown] and all(p.name in text for p in shown)
     assert stages.slim(on_squares(config), tmp_path) == score  # all is there
 
 

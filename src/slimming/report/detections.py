@@ -26,7 +26,7 @@ def detections(
     """Draw images with their boxes, true ones dashed; one row for each network, four images side by side.
 
     Args:
-        images: (N, 3, H, W) as the network gets them: normalised by mean and std (per channel, in [0, 1]).
+        images: (N, 3 or 1, H, W) as the network gets them: normalised by mean and std (per channel, in [0, 1]).
         truth: of every image `boxes` (n, 4), corners in pixels, and `labels` (n,).
         found: by what is said of a network ("before pruning"), of every image `boxes`, `labels` and `scores` (n,) in [0, 1].
         names: of the classes.
@@ -53,8 +53,8 @@ def detections(
 
 def _pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the normalisation: (N, H, W, 3) in [0, 1]."""
-    pixels = images.detach().cpu().float().permute(0, 2, 3, 1).numpy()
-    return (pixels * np.array(std) + np.array(mean)).clip(0, 1)
+    pixels = images.detach().cpu().float().permute(0, 2, 3, 1).numpy() * np.array(std) + np.array(mean)
+    return np.broadcast_to(pixels, (*pixels.shape[:3], 3)).clip(0, 1)
 
 
 def _confident(result: Mapping[str, Tensor], least: float) -> dict[str, list]:

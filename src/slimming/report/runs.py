@@ -10,9 +10,9 @@ from slimming.records import SCORES, Score, what_matters
 
 EARLIER_NAMES = {"restored": "put_back", "dead": "followed"}  # of the counts of a plan
 
-
 # Keys of a configuration that say how gammas are penalised, and whether channels leave by that.
 PENALTY = ("sparsity", "target_ratio", "penalty", "shrink")
+DETECTIONS = "detections.png"  # in the folder of a run: what its networks find in test images
 
 
 @dataclass(eq=False)

@@ -1,14 +1,16 @@
 """What a report says: one section per experiment, made from the collected runs alone."""
 
+import shutil
 from pathlib import Path
 
+from slimming.files import replacing
 from slimming.report import comparisons, figures, tables, words
 from slimming.report.collect import Collection
 from slimming.report.comparisons import Points
 from slimming.report.document import Section, Table
 from slimming.report.headline import headline
 from slimming.report.outcomes import Kind, Outcome, outcomes
-from slimming.report.runs import Run
+from slimming.report.runs import DETECTIONS, Run
 
 PRUNED = (Kind.BEFORE_CALIBRATION, Kind.CALIBRATED, Kind.REPAIRED, Kind.FINETUNED)
 FEWEST_RATIOS = 3  # of a setting that gets a curve
@@ -43,6 +45,7 @@ def experiment(title: str, runs: list[Run], pictures: Path) -> Section:
         Section("architectures", _architectures(made, [*curves], pictures / f"kept_{slug}.png")),
         Section("|gamma| after sparse training", _gammas(runs, pictures, slug)),
         Section(f"loss and {score.called}", _curves(runs, pictures, slug)),
+        Section("detections", _detections(runs, pictures, slug)),
         Section("passes", _unless_empty(tables.passes(runs))),
         Section("published numbers", _unless_empty(tables.published(runs), "Published by others, not measured here:")),
     ]
@@ -153,6 +156,16 @@ def _curves(runs: list[Run], pictures: Path, slug: str) -> list:
         )
         name = words.network(outcomes([last])[0])
         parts += [f"{name} [{words.setting(last)}], seed {last.result.get('seed')}.", path]
+    return parts
+
+
+def _detections(runs: list[Run], pictures: Path, slug: str) -> list:
+    parts: list = []
+    for run in (run for run in runs if (run.folder / DETECTIONS).is_file()):
+        path = pictures / f"detections_{slug}_{len(parts) // 2}.png"
+        with replacing(path) as temporary:
+            shutil.copyfile(run.folder / DETECTIONS, temporary)
+        parts += [f"{words.network(outcomes([run])[-1])} [{words.setting(run)}], seed {run.result.get('seed')}.", path]
     return parts
 
 

@@ -87,6 +87,7 @@ def fit(cfg: TrainConfig, run: OngoingStage, network: Network, data: ImageData, 
     conclude(trainer, module, recorder, result.metrics, task_of(cfg))
     if rank_zero():
         _draw(recorder, out, lambda_of(cfg), task_of(cfg))
+        task_of(cfg).draw({"trained": module.model}, data, out)
     costs = try_model(network.model, example_of(data))
     result.cost = costs.record()
     result.details |= _details(network.model, module, recorder, costs)

@@ -93,6 +93,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> Task:
         print(latency_text(result.details["latency"]))
     if data is not None:
         thin = _tested_and_corrected(cfg, source, thin, plan, data, trainer, result)
+        source.task.draw({"before pruning": source.model, "pruned": thin}, data, out)
     if cfg.latency_batch:
         images = source.example.expand(cfg.latency_batch, -1, -1, -1).contiguous()
         pair = {"before": source.model, "after": thin}

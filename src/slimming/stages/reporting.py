@@ -12,7 +12,15 @@ from slimming.report.document import Section, Table, markdown, page
 from slimming.report.sections import sections
 from slimming.report.tables import TESTED, spreadsheet
 
-KINDS = ("tradeoff", "sweep", "kept", "gammas", "curves", "latencies")  # of the pictures that a report makes
+KINDS = (
+    "tradeoff",
+    "sweep",
+    "kept",
+    "gammas",
+    "curves",
+    "detections",
+    "latencies",
+)  # of the pictures that a report makes
 SHOWN = ["network", "setting", TESTED, "parameters", "MACs (M)", "latency (ms)"]  # how columns on the screen begin
 
 

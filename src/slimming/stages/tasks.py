@@ -1,19 +1,25 @@
 """What the stages must know of a task: classification, and detection. Everything else is the same for both."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.config import ExportConfig, TrainConfig
+from slimming.data import ImageData
 from slimming.deploy.capturing import BATCH, OUTPUT
 from slimming.detection.exported import BoxesOut
 from slimming.errors import ConfigError
 from slimming.records import SCORES
-from slimming.stages.building import takes
+from slimming.report import detections
+from slimming.report.runs import DETECTIONS
+from slimming.stages.building import dtype_of, takes
 from slimming.training.detection import DetectionModule
 from slimming.training.distillation import DistillingModule
 from slimming.training.module import PenalisedModule, SlimmingModule
+
+DRAWN = 4  # test images
 
 
 class Task:
@@ -63,6 +69,9 @@ class Task:
     def check_teacher(self) -> None:
         """Raise ConfigError if networks of this task cannot learn from a teacher."""
 
+    def draw(self, networks: dict[str, nn.Module], data: ImageData, out: Path) -> None:
+        """Draw into a run folder what networks on the CPU, by name, find in test images, if that can be seen."""
+
     def check_export(self, cfg: ExportConfig) -> None:
         """Raise ConfigError for an export that there is not for this task."""
 
@@ -104,6 +113,17 @@ class Detection(Task):
 
     def check_teacher(self) -> None:
         raise ConfigError("distillation is for task=classification, and this network is a detector: leave distill out")
+
+    def draw(self, networks: dict[str, nn.Module], data: ImageData, out: Path) -> None:
+        images, targets = next(iter(data.test_dataloader()))
+        images, targets = data.transform(images[:DRAWN]), targets[:DRAWN]
+        found = {}
+        for name, model in networks.items():
+            was_training = model.training
+            with torch.no_grad():
+                found[name] = model.eval().detections(model(images.to(dtype_of(model))), images.shape[-2:])
+            model.train(was_training)
+        detections.detections(images, data.mean, data.std, targets, found, data.class_names, out / DETECTIONS)
 
     def check_export(self, cfg: ExportConfig) -> None:
         if cfg.quantize.to:
