@@ -151,7 +151,7 @@ def test_a_layer_whose_channels_are_dear_is_not_emptied():
     times = {"0": LayerTimes([1], [8, 64], [[8.0, 64.0]]), "3": LayerTimes([1], [8, 64], [[24.0, 192.0]])}
     widths = {}
     for additive in (False, True):
-        removed = Knapsack(choice, settling, times, 8, additive).pick(0.4).removed
+        removed = Knapsack(choice, settling, times, 8, additive).pick(88 / 256).removed
         widths[additive] = [int((~removed[choice.layer == layer]).sum()) for layer in range(2)]
     assert widths[True] == [64, 8] and widths[False][1] >= 16
 
@@ -244,3 +244,16 @@ def test_what_the_constraints_keep_stays():
 def test_shares_that_are_none(share):
     with pytest.raises(ConfigError, match=r"budget.latency must be"):
         Latency(share, {}, lambda plan: 1.0)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.6, 0.55, 0.5, 0.4])
+def test_the_time_of_a_choice_is_that_of_its_network(share):
+    """Whatever was picked before, and where the path jumps over a share as well."""
+    model = chain(*gammas(1, 48, 64, 64, 96))
+    choice, settling = parts(model, 8)
+    sack = Knapsack(choice, settling, tables(model), 8)
+    sack.pick(0.3)
+    picked = sack.pick(share)
+    graph = settling.graph
+    plan = graph._write_plan(settling.outcome(picked.removed), choice, picked.removed, {})
+    assert whole(model)(plan) == pytest.approx(picked.share) and picked.share == pytest.approx(share, abs=0.015)

@@ -12,7 +12,7 @@ times of neighbouring layers depend on each other, and a smaller budget takes wh
 import bisect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 BLOCK = 16  # channels that engines compute at once, at most; `LayerTimes` has a factor for what is no multiple
 AHEAD = 8  # steps that are looked at
-NEAR = 0.01  # a share of the dense time: a choice that is farther from what is asked is refined by single steps
+BACK = 8  # moves that are taken back where the next one falls far below what is asked
+NEAR = 0.01  # a share of the dense time: a choice that is farther below what is asked is replaced by other moves
 
 Widths = tuple[float, float]  # (inputs, outputs) of a layer
 
@@ -149,22 +150,21 @@ class Knapsack:
             for touched in column.rates:
                 self.sharing.setdefault(touched, set()).add(number)
         self.dense_ms = sum(table(*dense[number]) for number, table in self.times.items())
-        self.state = _State([0] * len(self.columns), dense, self.dense_ms)
+        self.state = _State([0] * len(self.columns), list(dense), self.dense_ms)
         self.path: list[tuple[int, int, float]] = [(-1, 0, self.dense_ms)]  # (column, level, total) after every move
         self.dense = dense
-        self.exhausted = False
 
     def pick(self, share: float) -> Picked:
         """Return the choice whose time by the table is nearest to a share of the dense network's."""
         aim = share * self.dense_ms
-        while not self.exhausted and self.path[-1][2] > aim:
-            self._extend()
+        while self.path[-1][2] > aim and self._extend():
+            pass
         after = next((n for n, (*_, total) in enumerate(self.path) if total <= aim), len(self.path) - 1)
         before = max(after - 1, 0)
-        best = min((before, after), key=lambda n: abs(self.path[n][2] - aim))
-        levels, total = self._levels(best), self.path[best][2]
+        levels, total = self._levels(after), self.path[after][2]
         if abs(total - aim) > NEAR * self.dense_ms:
-            levels, total = self._refined(before, aim, (levels, total))
+            found = [(levels, total), *self._alternatives(before, aim)]
+            levels, total = min(found, key=lambda pair: (self._off(pair[1], aim), self._loss(pair[0])))
         removed = torch.zeros(self.count, dtype=torch.bool)
         for column, level in zip(self.columns, levels, strict=True):
             removed[column.units[: column.levels[level]]] = True
@@ -177,27 +177,31 @@ class Knapsack:
 
     # --- the path of the best ratios ---
 
-    def _extend(self) -> None:
-        """Make the best move of all columns."""
-        state = self.state
+    def _extend(self) -> bool:
+        """Make one more move of the path; return whether there was any."""
+        if moved := self._move(self.state):
+            self.path.append((*moved, self.state.total))
+        return moved is not None
+
+    def _move(self, state: _State, most: float = math.inf) -> tuple[int, int] | None:
+        """Make the best move of all columns that saves at most so many milliseconds; return the column and its level."""
         for number in range(len(self.columns)):
             if number not in state.moves:
-                state.moves[number] = self._best_move(state, number)
-        found = [(move, number) for number, move in state.moves.items() if move is not None]
+                state.moves[number] = self._best_move(state, number, most)
+        found = [(move, number) for number, move in state.moves.items() if move is not None and move.saved <= most]
         if not found:
-            self.exhausted = True
-            return
+            return None
         move, number = min(found, key=lambda pair: (pair[0].price, -pair[0].saved, pair[1]))
         self._make(state, number, move.level)
-        self.path.append((number, move.level, state.total))
+        return number, move.level
 
-    def _best_move(self, state: _State, number: int) -> Move | None:
+    def _best_move(self, state: _State, number: int, most: float) -> Move | None:
         """Return the step of a column, one or several levels, that loses least for the time saved; None if none saves."""
         column, level = self.columns[number], state.columns[number]
         moves = [
             Move((column.losses[column.levels[to]] - column.losses[column.levels[level]]) / saved, saved, to)
             for to in range(level + 1, min(level + AHEAD, len(column.levels) - 1) + 1)
-            if (saved := self._saved(state, number, to)) > 1e-12
+            if 1e-12 < (saved := self._saved(state, number, to)) <= most
         ]
         return min(moves, key=lambda move: (move.price, -move.saved), default=None)
 
@@ -227,18 +231,35 @@ class Knapsack:
             levels[number] = level
         return levels
 
-    def _refined(self, before: int, aim: float, best: tuple[list[int], float]) -> tuple[list[int], float]:
-        """Return the levels nearest to a time that any single column reaches from a point of the path."""
-        levels = self._levels(before)
+    def _alternatives(self, before: int, aim: float) -> Iterator[tuple[list[int], float]]:
+        """Yield levels and times around a time that the path jumps over.
+
+        From each of the last points before the jump: it, what a single column makes of it, and where it leads by moves that do
+        not fall far below the aim.
+        """
+        for point in range(before, max(before - BACK, -1), -1):
+            levels = self._levels(point)
+            state = self._at(levels)
+            yield levels, state.total
+            for number, column in enumerate(self.columns):
+                for to in range(levels[number] + 1, len(column.levels)):
+                    yield [*levels[:number], to, *levels[number + 1 :]], state.total - self._saved(state, number, to)
+            while self._move(state, state.total - aim + NEAR * self.dense_ms):
+                state.moves.clear()  # what was allowed may be too much now
+                yield list(state.columns), state.total
+
+    def _at(self, levels: list[int]) -> _State:
         state = _State([0] * len(levels), list(self.dense), self.dense_ms)
         for number, level in enumerate(levels):
             self._make(state, number, level)
-        for number, column in enumerate(self.columns):
-            for to in range(levels[number] + 1, len(column.levels)):
-                total = state.total - self._saved(state, number, to)
-                if abs(total - aim) < abs(best[1] - aim) - 1e-12:
-                    best = [*levels[:number], to, *levels[number + 1 :]], total
-        return best
+        return state
+
+    def _off(self, total: float, aim: float) -> float:
+        """Return how far a time is from what is asked, beyond half of NEAR."""
+        return max(abs(total - aim) - NEAR / 2 * self.dense_ms, 0.0)
+
+    def _loss(self, levels: list[int]) -> float:
+        return sum(c.losses[c.levels[level]] for c, level in zip(self.columns, levels, strict=True))
 
 
 def _less(widths: Widths, ins: float, outs: float) -> Widths:
