@@ -33,12 +33,12 @@ from slimming.stages.precision import of_record, settled, warn_of_emulation
 from slimming.stages.pruning_text import inspection, table
 from slimming.stages.recording import OngoingStage, quiet, recorded, relative
 from slimming.stages.repairing import repaired
+from slimming.stages.restoring import left_in_training, planned_first
 from slimming.stages.resuming import LAST
 from slimming.stages.scoring import scoring_batches
 from slimming.stages.sources import DataNeed, Source, load_source
 from slimming.stages.tasks import Task
 from slimming.training.recorder import BINS, histogram
-from slimming.training.shrinking import Chosen
 
 PRUNED = "pruned.ckpt"
 SILENT = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
@@ -76,7 +76,7 @@ def _prune(cfg: PruneConfig, run: OngoingStage) -> Task:
     trainer: pl.Trainer = build("trainer", _trainer(cfg, source), default_root_dir=str(out))
     dense_costs = try_model(source.model, source.example)
     graph = trace(source.model, source.example)
-    left = _left(graph) if source.shrunk else None
+    left = left_in_training(graph) if source.shrunk else None
     with latency_budget(cfg, source, graph) as budget:
         plan = _planned(cfg, graph, budget.criterion if budget else criterion, data, trainer, left)
         if budget:
@@ -142,43 +142,8 @@ def _planned(
     if left is None:
         plan = graph.plan(criterion, seed=cfg.seed, batches=batches, **options)
     else:
-        plan = _planned_on(graph, criterion, graph.scores(cfg.score, cfg.seed, batches), left, options)
+        plan = planned_first(graph, criterion, graph.scores(cfg.score, cfg.seed, batches), left, options)
     graph.model.cpu()
-    return plan
-
-
-def _left(graph: ChannelGraph) -> torch.Tensor:
-    """Return which gammas have left the network in training: they and their betas are exactly zero, (all gammas,) bool."""
-    left = torch.zeros(graph.count, dtype=torch.bool)
-    for norm in graph.norms.values():
-        beta = norm.module.bias
-        left[norm.all] = (norm.module.weight == 0) & (beta == 0 if beta is not None else True)
-    return left
-
-
-def _planned_on(
-    graph: ChannelGraph,
-    criterion: criteria.Criterion,
-    scores: torch.Tensor,
-    left: torch.Tensor,
-    options: dict[str, Any],
-) -> PruningPlan:
-    """Make a plan for a network that was shrunk in training: what has left counts as removed, and first.
-
-    It stays away where less is asked for as well.
-    """
-    scores[left] = -torch.finfo(torch.float64).tiny  # below a gamma of 0; its square is 0
-    given = {name: scores[norm.all] for name, norm in graph.norms.items()}
-    plan = graph.plan(criterion, **options | {"score": given})
-    kept = torch.zeros(graph.count, dtype=torch.bool)
-    for name, norm in graph.norms.items():
-        kept[norm.start + torch.tensor(plan.keep.get(name, range(norm.module.num_features)))] = True
-    if bool((kept & left & graph.candidates(options["ties"], options["ignore"])).any()):
-        plan = graph.plan(Chosen(left | ~kept, plan.asked), **options | {"score": given})
-        print(f"more than that has left in training already: with it, {plan.got['ratio']:.1%} of the channels go")
-    plan.asked = {k: v for k, v in plan.asked.items() if k != "score"}
-    if options["score"] != "gamma":
-        plan.asked["score"] = options["score"]
     return plan
 
 

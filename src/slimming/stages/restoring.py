@@ -1,4 +1,4 @@
-"""A network at the width that it had before channels left it in training: zeros stand for what has left."""
+"""A network at the width that it had before channels left it in training, zeros for what has left; and its pruning."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimming.channels.criteria import Criterion
+from slimming.channels.graph import ChannelGraph
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import axes_of, prune, tensors_of
+from slimming.training.shrinking import Chosen
 
 
 def at_full_width(wide: nn.Module, thin: nn.Module, plans: Sequence[dict[str, Any]]) -> nn.Module:
@@ -48,3 +51,41 @@ def _spread(value: Tensor, shape: torch.Size, axes: list[tuple[int, list[int]]])
         size = [*value.shape[:axis], shape[axis], *value.shape[axis + 1 :]]
         value = value.new_zeros(size).index_copy_(axis, torch.tensor(indices), value)
     return value
+
+
+def left_in_training(graph: ChannelGraph) -> Tensor:
+    """Return which gammas have left the network in training: they and their betas are exactly zero, (all gammas,) bool."""
+    left = torch.zeros(graph.count, dtype=torch.bool)
+    for norm in graph.norms.values():
+        beta = norm.module.bias
+        left[norm.all] = (norm.module.weight == 0) & (beta == 0 if beta is not None else True)
+    return left
+
+
+def planned_first(
+    graph: ChannelGraph,
+    criterion: Criterion,
+    scores: Tensor,
+    left: Tensor,
+    options: dict[str, Any],
+) -> PruningPlan:
+    """Make a plan for a network that was shrunk in training: what has left counts as removed, and first.
+
+    It stays away where less is asked for as well.
+    """
+    scores[left] = -torch.finfo(torch.float64).tiny  # below a gamma of 0; its square is 0
+    given = {name: scores[norm.all] for name, norm in graph.norms.items()}
+    plan = graph.plan(criterion, **options | {"score": given})
+    kept = torch.zeros(graph.count, dtype=torch.bool)
+    for name, norm in graph.norms.items():
+        kept[norm.start + torch.tensor(plan.keep.get(name, range(norm.module.num_features)))] = True
+    if bool((kept & left & graph.candidates(options["ties"], options["ignore"])).any()):
+        alone, plan = plan, graph.plan(Chosen(left | ~kept, plan.asked), **options | {"score": given})
+        if plan.got["removed"] > alone.got["removed"]:  # the constraints did not want them back
+            print(f"more has left in training already: with that, {plan.got['ratio']:.1%} of the channels go")
+    if plan.got["highest_score"] is not None:
+        plan.got["highest_score"] = max(0.0, plan.got["highest_score"])
+    plan.asked = {k: v for k, v in plan.asked.items() if k != "score"}
+    if options["score"] != "gamma":
+        plan.asked["score"] = options["score"]
+    return plan
