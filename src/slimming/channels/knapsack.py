@@ -125,8 +125,8 @@ class Knapsack:
         settling: says what stays when units go.
         times: by the name of a layer; the others take no time.
         step: widths of columns are multiples of it.
-        additive: scores are losses that add up; else a column loses log(all / what remains) of its squared scores, for each of
-            its BatchNorms, so that no layer is emptied because its channels are dear.
+        additive: scores are losses that add up. Else squared scores do, for each BatchNorm of a column; their sum is divided by
+            the share of the column's squared scores that remains, so that no layer is emptied because its channels are dear.
     """
 
     def __init__(
@@ -165,6 +165,24 @@ class Knapsack:
         if abs(total - aim) > NEAR * self.dense_ms:
             found = [(levels, total), *self._alternatives(before, aim)]
             levels, total = min(found, key=lambda pair: (self._off(pair[1], aim), self._loss(pair[0])))
+        return self._picked(levels, total)
+
+    def between(self, above: Picked, below: Picked, share: float) -> Picked:
+        """Return the choice nearest to a time by the table on the way from one to another, a step of a column at a time."""
+        levels, ends = self._levels_of(above), self._levels_of(below)
+        state, found = self._at(levels), []
+        for number, (level, end) in enumerate(zip(levels, ends, strict=True)):
+            for to in range(level, end, 1 if level < end else -1):
+                self._make(state, number, to + (1 if level < end else -1))
+                found.append((list(state.columns), state.total))
+        found.pop()  # the other end
+        aim = share * self.dense_ms
+        return self._picked(*min(found, key=lambda pair: abs(pair[1] - aim))) if found else above
+
+    def _levels_of(self, picked: Picked) -> list[int]:
+        return [column.levels.index(int(picked.removed[column.units].sum())) for column in self.columns]
+
+    def _picked(self, levels: list[int], total: float) -> Picked:
         removed = torch.zeros(self.count, dtype=torch.bool)
         for column, level in zip(self.columns, levels, strict=True):
             removed[column.units[: column.levels[level]]] = True
@@ -311,11 +329,10 @@ def _losses(scores: Tensor, norms: float | None) -> list[float]:
     if norms is None:
         return [0.0, *scores.cumsum(0).tolist()]
     energy = scores.square()
-    left = energy.flip(0).cumsum(0).flip(0)  # with each of them, and all stronger ones
-    whole = float(left[0])
-    if not whole:
-        return [0.0] * (len(scores) + 1)
-    return [*(-norms * (left / whole).clamp_min(1e-12).log()).tolist(), -norms * math.log(1e-12)]
+    gone = torch.cat((energy.new_zeros(1), energy.cumsum(0)))
+    whole = gone[-1].clamp_min(1e-30)
+    found: list[float] = (norms * gone * whole / (whole - gone).clamp_min(1e-12 * whole)).tolist()
+    return found
 
 
 def _rates(dense: list[Widths], thin: list[Widths], gone: int, timed: set[int]) -> dict[int, Widths]:

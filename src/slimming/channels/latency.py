@@ -77,7 +77,9 @@ class Latency(Criterion):
         aim = self.share
         while len(self.tries) < MOST_TRIES:
             picked = knapsack.pick(aim)
-            if any(picked.removed.equal(known.picked.removed) for known in self.tries):
+            if self._known(picked):
+                picked = self._between(knapsack)
+            if picked is None or self._known(picked):
                 break  # the widths allow nothing between two that were measured
             self.tries.append(Try(picked, self.measure(plan_of(picked.removed))))
             if self._off(self.tries[-1]) <= self.tolerance:
@@ -87,6 +89,17 @@ class Latency(Criterion):
         if self._off(nearest) <= ACCEPTED:
             return nearest.picked.removed
         raise GraphError(self._refusal(knapsack, nearest))
+
+    def _known(self, picked: Picked) -> bool:
+        return any(picked.removed.equal(tried.picked.removed) for tried in self.tries)
+
+    def _between(self, knapsack: Knapsack) -> Picked | None:
+        """Return what lies half way, by the table, between the nearest tries on both sides; None without both."""
+        above = min((t for t in self.tries if t.measured > self.share), key=lambda t: t.measured, default=None)
+        below = max((t for t in self.tries if t.measured <= self.share), key=lambda t: t.measured, default=None)
+        if above is None or below is None:
+            return None
+        return knapsack.between(above.picked, below.picked, (above.table + below.table) / 2)
 
     def _off(self, tried: Try) -> float:
         return abs(tried.measured / self.share - 1)
