@@ -41,7 +41,8 @@ class Aligned(Structure):
             # The bias of a layer without a module of its own has a name that no plan knows.
             if use.kind in WITH_FILTERS and (use.name in self.modules or not use.bias):
                 written[use.write] = True
-        return bare[tensor] & written
+        found: Tensor = bare[tensor] & written
+        return found
 
     def silenced(self, kept: Tensor) -> Tensor:
         gone = torch.zeros(self.tape.count, dtype=torch.bool)
