@@ -255,5 +255,5 @@ def test_the_time_of_a_choice_is_that_of_its_network(share):
     sack.pick(0.3)
     picked = sack.pick(share)
     graph = settling.graph
-    plan = graph._write_plan(settling.outcome(picked.removed), choice, picked.removed, {})
+    plan = graph._write_plan(graph, settling.outcome(picked.removed), choice, picked.removed, {})
     assert whole(model)(plan) == pytest.approx(picked.share) and picked.share == pytest.approx(share, abs=0.015)
