@@ -272,6 +272,7 @@ def damage(**changes):
         (lambda c: c.pop("images"), "'images' is missing"),
         (lambda c: c["images"][2].pop("width"), "every image needs id, file_name, width and height"),
         (lambda c: c["images"][2].update(width=0), r"2\.png has 0x32 pixels"),
+        (lambda c: c["images"][3].update(file_name="none.png"), r"the image \S+none\.png is not there"),
         (lambda c: c["images"][0].update(file_name="none.png"), "first image, none.png, is in none of"),
         (lambda c: c.update(categories=[]), "there are no categories"),
         (lambda c: c["categories"][0].update(name="emu"), "must have the categories of"),

@@ -109,4 +109,7 @@ def _files(file: Path, images: list[dict[str, Any]], root: Path, part: str) -> l
     if folder is None:
         places = ", ".join(dict.fromkeys(map(str, folders)))
         raise DataError(f"{file}: its first image, {first}, is in none of {places}: set data.root")
-    return [folder / item["file_name"] for item in images]
+    files = [folder / item["file_name"] for item in images]
+    if missing := next((path for path in files if not path.is_file()), None):
+        raise DataError(f"{file}: the image {missing} is not there")
+    return files
