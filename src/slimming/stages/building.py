@@ -105,6 +105,11 @@ def example_of(data: ImageData) -> torch.Tensor:
     return torch.zeros(1, data.in_channels, data.image_size, data.image_size)
 
 
+def shape_of(data: ImageData) -> dict[str, int]:
+    """Return {num_classes, in_channels, image_size}: what is known of a data set before its images are read."""
+    return {key: getattr(data, key) for key in ("num_classes", "in_channels", "image_size")}
+
+
 def inherit(group: str, given: dict, recorded: dict | None) -> dict:
     """Return a checkpoint's group with the values that are given now; a given `_target_` replaces it whole.
 

@@ -19,7 +19,7 @@ from slimming.data.sampler import mix
 from slimming.errors import ConfigError, check_number
 from slimming.models import redraw
 from slimming.records import Record, Result
-from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, model_spec, try_model
+from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, model_spec, shape_of, try_model
 from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
@@ -57,7 +57,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         task = task_of(recipe)
-        facts = task.facts(cfg.model, data.statistics())
+        facts = task.facts(cfg.model, shape_of(data))
         dense = build("model", cfg.model, **facts) if cfg.model.get("_target_") else None  # None: the checkpoint's
         network = _network(cfg, recipe, saved, data, dense)
         if not saved.record.plans and rank_zero():
@@ -141,7 +141,7 @@ def _network(
         dense: the dense network of a checkpoint whose model is not registered.
     """
     record = saved.record
-    here = {key: data.statistics()[key] for key in record.io_shape}
+    here = {key: shape_of(data)[key] for key in record.io_shape}
     if record.io_shape != here:
         raise ConfigError(f"the data have {here}, {cfg.checkpoint} was trained for {record.io_shape}")
     for plan in record.plans:
@@ -156,9 +156,7 @@ def _network(
         # Not with the seed of the training, whose first weights these would be: a lottery ticket, not a scratch.
         torch.manual_seed(mix(recipe.seed, SCRATCH))
         registered = (
-            record.model
-            if dense is None
-            else model_spec(cfg.model, task_of(recipe).facts(cfg.model, data.statistics()))
+            record.model if dense is None else model_spec(cfg.model, task_of(recipe).facts(cfg.model, shape_of(data)))
         )
         redraw(model, None if record.low_rank else registered)  # no factory makes factors
     else:

@@ -11,7 +11,7 @@ from slimming import checkpoint, models
 from slimming.config import TrainConfig, plain
 from slimming.records import Record, Result
 from slimming.stages import precision
-from slimming.stages.building import build, build_data, example_of, model_spec, try_model
+from slimming.stages.building import build, build_data, example_of, model_spec, shape_of, try_model
 from slimming.stages.fitting import Network, fit
 from slimming.stages.recording import recorded, relative
 from slimming.stages.resuming import LAST, resume_point
@@ -35,7 +35,7 @@ def train(cfg: TrainConfig, out: Path) -> float:
         start = resume_point(cfg.resume, run.result.config, out)
         torch.manual_seed(cfg.seed)
         data = build_data(cfg.data)
-        facts = task_of(cfg).facts(cfg.model, data.statistics())
+        facts = task_of(cfg).facts(cfg.model, shape_of(data))
         model = build("model", cfg.model, **facts)
         record = Record(model_spec(cfg.model, facts), stage="train", config=run.result.config)
         if cfg.init_from:
