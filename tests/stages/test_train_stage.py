@@ -383,3 +383,17 @@ def test_a_logger_that_cannot_start_does_not_end_the_training(small, tmp_path, m
     monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
     assert 0 <= stages.train(small("logger=tensorboard"), tmp_path) <= 1
     assert "logger=tensorboard has failed" in capsys.readouterr().err
+
+
+def test_images_in_folders_whose_mean_is_measured(tmp_path, small):
+    for part, name, shade in ((p, n, s) for p in ("train", "test") for n, s in (("dark", 40), ("light", 210))):
+        (tmp_path / "images" / part / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), (shade, shade + number, shade)).save(
+                tmp_path / "images" / part / name / f"{number}.png"
+            )
+    data = ("data=image_folder", f"data.root={tmp_path / 'images'}", "data.image_size=16", "data.batch_size=3")
+    stages.train(small(*data, "data.crop=0", "trainer.max_epochs=1"), tmp_path / "run")
+    record = checkpoint.read(tmp_path / "run" / "last.ckpt").record
+    assert record.io_shape == {"num_classes": 2, "in_channels": 3}
+    assert record.data["mean"] == pytest.approx([125 / 255, 126 / 255, 125 / 255], abs=0.01)
