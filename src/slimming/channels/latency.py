@@ -78,8 +78,8 @@ class Latency(Criterion):
         while len(self.tries) < MOST_TRIES:
             picked = knapsack.pick(aim)
             if self._known(picked):
-                picked = self._between(knapsack)
-            if picked is None or self._known(picked):
+                picked = self._between(knapsack) or picked
+            if self._known(picked):
                 break  # the widths allow nothing between two that were measured
             self.tries.append(Try(picked, self.measure(plan_of(picked.removed))))
             if self._off(self.tries[-1]) <= self.tolerance:
