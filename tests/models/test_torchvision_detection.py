@@ -7,6 +7,7 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from slimming import models
+from slimming.detection.exported import BoxesOut
 from slimming.errors import ConfigError
 from slimming.models.torchvision_detection import NAMES, TorchvisionDetector, replace_norms
 
@@ -120,3 +121,22 @@ def test_a_file_that_is_something_else(tmp_path):
 
 def test_a_detector_is_what_the_tasks_ask_for():
     assert all(callable(getattr(TorchvisionDetector, name)) for name in ("loss", "detections"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_decoded_for_other_engines_is_what_is_detected_from(name):
+    torch.manual_seed(0)
+    model = models.build("torchvision_detection", name=name, **SMALL).eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        outputs = model(images)
+        boxes, scores = model.decoded(outputs, (64, 64))
+        found = model.detections(outputs, (64, 64))
+    for own, box, score in zip(found, boxes, scores, strict=True):
+        best = score.amax(1).argmax()
+        torch.testing.assert_close(own["scores"][0], score.max())
+        torch.testing.assert_close(own["boxes"][0], box[best].clamp(0, 64))
+    program = torch.export.export(
+        BoxesOut(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+    )
+    torch.testing.assert_close(program.module()(images[:2]), torch.cat((boxes / 64, scores), -1)[:2])

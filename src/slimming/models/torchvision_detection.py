@@ -54,7 +54,7 @@ class TorchvisionDetector(nn.Module):
         coder = self.net.box_coder
         if "bbox_ctrness" in outputs:
             return coder.decode(deltas, anchors[None]), (scores * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
-        flat = coder.decode_single(deltas.flatten(0, 1), anchors.repeat(len(deltas), 1))
+        flat = coder.decode_single(deltas.flatten(0, 1), anchors.expand_as(deltas).flatten(0, 1))
         return flat.view(deltas.shape), scores
 
     def detections(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> list[Detections]:

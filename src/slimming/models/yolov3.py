@@ -99,7 +99,7 @@ def yolov3(
         priors: nine (or another multiple of three) widths and heights, in pixels of the images; None: the paper's, scaled
             from 416 pixels to `image_size`.
         image_size: of the longer side of the images, in pixels.
-        box_loss: `paper`, or `ciou`, which learns where boxes lie in fewer steps; see `yolo_loss`.
+        box_loss: `paper`, or `ciou`; see `yolo_loss`.
 
     Raises:
         ConfigError: a value out of range.
