@@ -76,7 +76,6 @@ def test_a_size_that_does_not_divide_into_cells_is_named(size):
         ("yolov3_tiny", {"priors": [[1, 2], [3, 4, 5]]}, "do not fit the 2 scales"),
         ("yolov3_tiny", {"priors": [[1, 0], [3, 4]]}, "each number of model.priors .* > 0 and <= 64, got 0"),
         ("yolov3_tiny", {"priors": [[1, 65], [3, 4]]}, "<= 64, got 65"),
-        ("yolov3", {"box_loss": "giou"}, "model.box_loss must be one of paper, ciou; got 'giou'"),
         ("yolov3", {"width": 0}, "model.width must be a number > 0, got 0"),
         ("yolov3", {"num_classes": 0}, "num_classes .* got 0"),
         ("yolov3", {"image_size": 0}, "data.image_size .* got 0"),

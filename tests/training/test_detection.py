@@ -120,19 +120,6 @@ def test_an_evaluation_without_objects_logs_the_loss_alone():
 
 
 @pytest.mark.slow
-def test_a_detector_learns_to_find_squares():
-    torch.manual_seed(0)
-    told = {"priors": [[10, 10], [22, 22]], "box_loss": "ciou"}
-    model = models.yolov3_tiny(width=0.25, num_classes=2, in_channels=1, image_size=64, **told)
-    adam, cosine = lambda p: torch.optim.Adam(p, 3e-3), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12)
-    module = DetectionModule(model, adam, cosine, sparsity=1e-4)
-    squares, trainer = Squares(train=480, test=60, batch_size=8), make_trainer(max_epochs=12, limit_val_batches=0)
-    trainer.fit(module, datamodule=squares)
-    (logged,) = trainer.test(module, datamodule=squares, verbose=False)
-    assert logged["test/map50"] > 0.6
-
-
-@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     """The same weights after an epoch in which BatchNorm is held still; the same metrics, also where a rank sees no image."""
     here = Path(__file__).parent

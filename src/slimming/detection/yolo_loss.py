@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_iou, complete_box_iou_loss
+from torchvision.ops import box_iou
 
 from slimming.detection.predictions import Predictions, Priors, predictions
 
 IGNORED = 0.5  # IoU from which a prediction without an object of its own is not taught that there is none
-
-CIOU_WEIGHT = 3.0  # beside the other parts; with 1 small objects were found less often
 
 
 @dataclass
@@ -35,11 +33,7 @@ class Matches:
 
 
 def yolo_loss(
-    outputs: Sequence[Tensor],
-    targets: list[dict[str, Tensor]],
-    priors: Priors,
-    strides: Sequence[int],
-    box_loss: str = "paper",
+    outputs: Sequence[Tensor], targets: list[dict[str, Tensor]], priors: Priors, strides: Sequence[int]
 ) -> dict[str, Tensor]:
     """Return the parts of the loss, `box`, `objectness` and `classes`; each is summed over an image, the mean over the batch.
 
@@ -51,21 +45,19 @@ def yolo_loss(
     * classes: binary cross-entropy of every class for responsible predictions (section 2.2).
     * box: for responsible predictions the squared error, halved, of t_w and t_h, and of the centre the binary cross-entropy,
       whose gradient in t_x and t_y is the paper's "ground truth value minus prediction" (section 2.1); both times
-      2 - the share of the image that the object covers (authors' code), so that small objects count. Or, with `ciou`, which
-      is not in the paper, three times the complete-IoU loss of the boxes (Zheng et al., arXiv:1911.08287).
+      2 - the share of the image that the object covers (authors' code), so that small objects count.
 
     An image without objects teaches objectness alone.
 
     Args:
         outputs, priors, strides: as `predictions` takes them.
         targets: per image {boxes (n, 4) in pixels, labels (n,)}; n may be 0.
-        box_loss: one of BOX_LOSSES.
     """
     found = predictions(outputs, priors, strides)
     matches = match(found, targets)
     n = len(targets)
     here = matches.image, matches.index
-    box = BOX_LOSSES[box_loss](found, matches)
+    box = _box_loss(found, matches)
     wanted = torch.zeros_like(found.classes[here])  # (M, C)
     wanted[torch.arange(len(matches.labels), device=wanted.device), matches.labels] = 1
     classes = F.binary_cross_entropy_with_logits(found.classes[here], wanted, reduction="sum")
@@ -106,14 +98,6 @@ def _box_loss(found: Predictions, matches: Matches) -> Tensor:
     ratio = (extent / found.priors[index]).log()
     place = F.binary_cross_entropy_with_logits(found.centre[here], centre, weight.expand_as(centre), reduction="sum")
     return place + (weight * (found.extent[here] - ratio).square()).sum() / 2
-
-
-def _ciou_loss(found: Predictions, matches: Matches) -> Tensor:
-    boxes = found.boxes()[matches.image, matches.index]  # (M, 4)
-    return CIOU_WEIGHT * complete_box_iou_loss(boxes, matches.boxes, reduction="sum")
-
-
-BOX_LOSSES = {"paper": _box_loss, "ciou": _ciou_loss}
 
 
 def _objectness_loss(found: Predictions, matches: Matches, targets: list[dict[str, Tensor]]) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from slimming.detection.choosing import Detections, choose
 from slimming.detection.predictions import NUMBERS, predictions
-from slimming.detection.yolo_loss import BOX_LOSSES, yolo_loss
-from slimming.errors import ConfigError, check_choice, check_number
+from slimming.detection.yolo_loss import yolo_loss
+from slimming.errors import ConfigError, check_number
 from slimming.models.init import check_io_shape, initialise
 
 PAPER_SIZE = 416  # pixels of the images that the paper's priors are for
@@ -39,19 +39,11 @@ class Yolo(nn.Module):
 
     strides: tuple[int, ...]
 
-    def __init__(
-        self,
-        priors: Sequence[Sequence[float]],
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        box_loss: str,
-    ):
+    def __init__(self, priors: Sequence[Sequence[float]], num_classes: int, in_channels: int, image_size: int):
         super().__init__()
-        check_choice("model.box_loss", box_loss, BOX_LOSSES)
         check_io_shape(num_classes, in_channels)
         check_number("data.image_size", image_size, 1, whole=True)
-        self.num_classes, self.box_loss = num_classes, box_loss
+        self.num_classes = num_classes
         self.priors = priors_of_scales(priors, len(self.strides), image_size)
 
     @property
@@ -78,7 +70,7 @@ class Yolo(nn.Module):
 
     def loss(self, outputs: list[Tensor], targets: list[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
         """Return the parts of the training loss, see `yolo_loss`; `size` of the images is that of the outputs' grids."""
-        return yolo_loss(outputs, targets, self.priors, self.strides, self.box_loss)
+        return yolo_loss(outputs, targets, self.priors, self.strides)
 
     def decoded(self, outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1]."""

@@ -24,9 +24,8 @@ class YoloV3Tiny(Yolo):
         in_channels: int,
         image_size: int,
         gamma_init: float,
-        box_loss: str,
     ):
-        super().__init__(priors, num_classes, in_channels, image_size, box_loss)
+        super().__init__(priors, num_classes, in_channels, image_size)
 
         def w(channels: int) -> int:
             return max(1, round(channels * width))
@@ -60,7 +59,6 @@ def yolov3_tiny(
     num_classes: int = 80,
     in_channels: int = 3,
     gamma_init: float = 0.5,
-    box_loss: str = "paper",
 ) -> YoloV3Tiny:
     """Build YOLOv3-tiny; `width` multiplies the channels of every layer.
 
@@ -71,11 +69,10 @@ def yolov3_tiny(
         priors: six (or another multiple of two) widths and heights, in pixels of the images; None: the authors', scaled from
             416 pixels to `image_size`.
         image_size: of the longer side of the images, in pixels.
-        box_loss: `paper`, or `ciou`; see `yolo_loss`.
 
     Raises:
         ConfigError: a value out of range.
     """
     check_number("model.width", width, 0, above=True)
     given = scaled(PRIORS, image_size) if priors is None else priors
-    return YoloV3Tiny(given, width, num_classes, in_channels, image_size, gamma_init, box_loss)
+    return YoloV3Tiny(given, width, num_classes, in_channels, image_size, gamma_init)
