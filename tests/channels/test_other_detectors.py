@@ -70,6 +70,8 @@ def test_pruned_equals_masked(name):
         assert plan.got["removed"] > 0.45 * may_go * gammas
         if ties == "together" and share == 1:
             assert not any(isinstance(module, SelectBatchNorm) for module in thin.modules())
+    thin = assert_exact(model, graph.plan(slimming.GlobalRatio(0.3), ties="aligned"), IMAGE)
+    assert not any(isinstance(module, SelectBatchNorm) for module in thin.modules())
 
 
 @pytest.fixture
