@@ -35,7 +35,7 @@ from slimming.report.latencies import describe
 NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # name -> (factory, arguments, pixels, images of a pass)
     "vgg19_quarter": ("vgg", {"depth": 19, "width": 0.25}, 32, 64),
     "vgg19": ("vgg", {"depth": 19}, 32, 64),
-    "densenet40": ("densenet", {"depth": 40}, 32, 64),
+    "densenet40": ("densenet", {"depth": 40}, 32, 16),
     "resnet50": ("torchvision", {"name": "resnet50"}, 224, 1),
     "mobilenet_v2": ("torchvision", {"name": "mobilenet_v2"}, 224, 1),
 }

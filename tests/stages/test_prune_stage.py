@@ -134,8 +134,8 @@ def test_the_same_command_gives_the_same_bytes(sparse, tmp_path):
 def test_what_calibration_does_not_change_is_not_tested_again(sparse, tmp_path, monkeypatch):
     from slimming.stages import pruning
 
-    calls, original = [], pruning.accuracies
-    monkeypatch.setattr(pruning, "accuracies", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], pruning.scores
+    monkeypatch.setattr(pruning, "scores", lambda *a: calls.append(1) or original(*a))
     prune(sparse, tmp_path / "b", "ratio=0.5", "calibrate.batches=0", "trainer.limit_test_batches=1")
     r = result(tmp_path / "b")
     assert len(calls) == 2 and r["metrics"]["test/acc"] == r["metrics"]["test/acc_pruned"]
