@@ -69,6 +69,7 @@ def test_the_stages_one_by_one_give_the_same(tmp_path):
     ):
         assert same(state(out / ours), state(tmp_path / theirs)), ours
     assert len(result(out / "ratio-0.5/scratch")["history"]) == 2
+    assert all(result(out / f"ratio-0.5/{name}")["config"]["shrink"] is None for name in ("finetuned", "scratch"))
 
 
 def test_what_is_finished_is_kept_and_more_ratios_are_added(tmp_path, capsys):

@@ -129,7 +129,7 @@ def _tuning(cfg: SlimConfig, path: Path, **more) -> FinetuneConfig:
         same[group] = getattr(cfg, group) | given
     same["trainer"] = cfg.trainer | (more.get("trainer") or {})
     same["scheduler"] = fit_schedule(same["scheduler"], cfg.trainer["max_epochs"], same["trainer"]["max_epochs"])
-    return FinetuneConfig(checkpoint=str(path), **more | same)
+    return FinetuneConfig(checkpoint=str(path), **{"shrink": None} | more | same)
 
 
 def _unregistered_model(cfg: SlimConfig) -> dict:
