@@ -15,6 +15,7 @@ from slimming.channels.knapsack import Knapsack, LayerTimes
 from slimming.channels.latency import ACCEPTED, TOLERANCE, Latency
 from slimming.channels.options import PlanOptions
 from slimming.errors import ConfigError, GraphError
+from slimming.stages.restoring import left_in_training, planned_first
 
 
 def gammas(seed, *widths):
@@ -257,3 +258,29 @@ def test_the_time_of_a_choice_is_that_of_its_network(share):
     graph = settling.graph
     plan = graph._write_plan(graph, settling.outcome(picked.removed), choice, picked.removed, {})
     assert whole(model)(plan) == pytest.approx(picked.share) and picked.share == pytest.approx(share, abs=0.015)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.4])
+def test_what_has_left_in_training_is_gone_from_all_that_is_measured(share):
+    """The plan that comes of it was measured, also where more has left than the time asks for."""
+    model = chain(*gammas(5, 48, 64))
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.zeros_(norm.weight[:20])
+        torch.nn.init.zeros_(norm.bias[:20])
+    graph, measured, time = slimming.trace(model, IMAGE), [], whole(model)
+
+    def measure(plan):
+        measured.append(plan.keep)
+        return time(plan)
+
+    given = {"ties": "together", "ignore": [], "score": "gamma", "round_to": 8}
+    left = left_in_training(graph)
+    asked = Latency(share, tables(model), measure, tolerance=0.04)
+    if share > 0.9:  # what has left takes more
+        with pytest.raises(GraphError, match="is not met"):
+            planned_first(graph, asked, graph.scores("gamma"), left, given)
+    else:
+        plan = planned_first(graph, asked, graph.scores("gamma"), left, given)
+        assert plan.keep in measured
+    rounded = [sum(channel < 20 for channel in kept) for keep in measured for kept in keep.values()]
+    assert rounded and max(rounded) < 8

@@ -12,6 +12,7 @@ from PIL import Image
 
 from slimming.data import Boxes
 from slimming.data.detection import collate
+from slimming.data.image_files import open_image
 from slimming.errors import ConfigError, DataError
 
 RED = (255, 0, 0)
@@ -252,6 +253,27 @@ def test_coco(coco_root):
     assert_boxes_lie_on_red(images, targets, within=1.5)
 
 
+def test_coco_boxes_of_no_area_are_left_out(coco_root, capsys):
+    file = coco_root / ANNOTATIONS["train"]
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][3] = 0
+    file.write_text(json.dumps(content))
+    data = module(coco_root, annotations=ANNOTATIONS, augment=False, image_size=60)
+    assert sum(len(data.splits["train"][i][1]["labels"]) for i in range(6)) == 4
+    assert "1 boxes of no area are left out, the first: " in capsys.readouterr().out
+
+
+def test_photographs_are_turned_as_their_exif_data_say(tmp_path):
+    pixels = np.zeros((6, 4, 3), dtype=np.uint8)
+    pixels[0, 0] = 255  # upper left of the stored picture: upper right of the upright one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert open_image(tmp_path / "a.png").size == (4, 6)
+    upright = np.asarray(open_image(tmp_path / "a.png", upright=True))
+    assert upright.shape == (4, 6, 3) and upright[0, -1].min() == 255
+
+
 def damage(**changes):
     """Return a function that changes the first annotation of a content."""
     return lambda content: content["annotations"][0].update(changes)
@@ -262,7 +284,7 @@ def damage(**changes):
     [
         (damage(bbox=[1, 2, 3]), r"annotation 1 \(id 1\): bbox is 4 numbers .* got \[1, 2, 3\]"),
         (damage(bbox=[1, 2, 3, "x"]), r"annotation 1 \(id 1\): 'x' is no number"),
-        (damage(bbox=[1, 2, 3, 0]), r"annotation 1 .* \[1, 2, 3, 0\] has no area"),
+        (damage(bbox=[1, 2, 3, -1]), r"annotation 1 .* \[1, 2, 3, -1\] has a negative width or height"),
         (damage(bbox=[1, 2, 3, 40]), r"annotation 1 .* 16x41 pixels reaches outside the image"),
         (damage(category_id=4), "category_id 4 is not one of the 2 categories"),
         (damage(image_id=5), "image_id 5 is not among the images"),

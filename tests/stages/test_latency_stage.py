@@ -236,3 +236,17 @@ def test_a_real_engine_is_timed(dense, tmp_path, monkeypatch):
     assert told["engine"] == "onnxruntime" and told["dense_ms"] > told["ms"] > 0
     assert 0.3 < told["delivered"] < 0.9
     assert dense.with_name("last.ckpt.latency-onnx-32x1.json").exists()
+
+
+def test_a_detector_is_timed_by_what_is_exported(known, tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    use(monkeypatch, lambda a, b, *_: Pair(share := b.stat().st_size / a.stat().st_size, 10.0, 10.0 * share))
+    arguments = {"width": 0.25, "num_classes": 2, "in_channels": 3, "image_size": 64}
+    model = models.build("yolov3_tiny", **arguments)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight)
+    data = {"num_classes": 2, "in_channels": 3, "image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3}
+    record = Record({"name": "yolov3_tiny", "arguments": arguments}, config={"task": "detection"}, data=data)
+    checkpoint.write_network(model, record, tmp_path / "last.ckpt")
+    prune(tmp_path / "last.ckpt", tmp_path / "a", runtime="onnx")
+    assert result(tmp_path / "a")["latency"]["delivered"] == pytest.approx(0.5, rel=0.08)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from slimming.channels.criteria import Choice, Criterion
@@ -59,6 +60,7 @@ class Latency(Criterion):
         self.share, self.times, self.measure, self.asked = share, times, measure, dict(asked or {})
         self.step, self.additive, self.tolerance = step, additive, tolerance
         self.tries: list[Try] = []
+        self.left: Tensor | None = None  # (all gammas,) bool, which are gone in any case
 
     def describe(self) -> dict[str, Any]:
         return {"criterion": "Latency", "latency": self.share} | self.asked
@@ -73,6 +75,7 @@ class Latency(Criterion):
             GraphError: unreachable; the message gives the nearest that can be reached.
         """
         knapsack = Knapsack(choice, settling, self.times, self.step, self.additive)
+        left = self._left(choice)
         self.tries = []
         aim = self.share
         while len(self.tries) < MOST_TRIES:
@@ -81,14 +84,21 @@ class Latency(Criterion):
                 picked = self._between(knapsack) or picked
             if self._known(picked):
                 break  # the widths allow nothing between two that were measured
-            self.tries.append(Try(picked, self.measure(plan_of(picked.removed))))
+            self.tries.append(Try(picked, self.measure(plan_of(picked.removed | left))))
             if self._off(self.tries[-1]) <= self.tolerance:
-                return picked.removed
+                return picked.removed | left
             aim = self._next_aim()
         nearest = min(self.tries, key=self._off)
         if self._off(nearest) <= ACCEPTED:
-            return nearest.picked.removed
+            return nearest.picked.removed | left
         raise GraphError(self._refusal(knapsack, nearest))
+
+    def _left(self, choice: Choice) -> Tensor:
+        """Return the units (U,) all of whose gammas are gone in any case."""
+        if self.left is None:
+            return torch.zeros(len(choice.score), dtype=torch.bool)
+        gone = self.left[choice.gammas].to(choice.size.dtype)
+        return torch.zeros_like(choice.size).index_add_(0, choice.unit, gone) == choice.size
 
     def _known(self, picked: Picked) -> bool:
         return any(picked.removed.equal(tried.picked.removed) for tried in self.tries)

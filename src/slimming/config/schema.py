@@ -37,6 +37,9 @@ class ShrinkConfig:
         whole=True,
     )
 
+    def __bool__(self) -> bool:
+        return self.epochs > 0
+
 
 @dataclass
 class TrainOptions:

@@ -52,7 +52,7 @@ class FileBoxes:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         boxes, labels = self.listed.of(index)
-        return *letterbox(open_image(self.listed.path(index)), boxes, self.size, self.fill), labels
+        return *letterbox(open_image(self.listed.path(index), upright=True), boxes, self.size, self.fill), labels
 
 
 class Boxes(DetectionData):

@@ -50,7 +50,9 @@ def categories(file: Path, content: dict[str, list[dict[str, Any]]]) -> dict[Any
 
 
 def read_boxes(file: Path, content: dict[str, list[dict[str, Any]]], root: Path, part: str) -> BoxList:
-    """Read and check the boxes of all images of an annotation file; crowds (`iscrowd`: 1) are left out.
+    """Read and check the boxes of all images of an annotation file.
+
+    Crowds (`iscrowd`: 1) are left out, and so are boxes of no width or no height, of which COCO's own files hold a few.
 
     Raises:
         DataError: an image or a box that is not as it should be, or no box at all.
@@ -68,14 +70,21 @@ def read_boxes(file: Path, content: dict[str, list[dict[str, Any]]], root: Path,
             raise DataError(f"{file}: image {item['file_name']} has {item['width']}x{item['height']} pixels")
         images[item["id"]] = item
     boxes: dict[Any, list[Box]] = {key: [] for key in images}
+    flat = []
     for position, item in enumerate(content["annotations"]):
         if not isinstance(item, dict):
             raise DataError(f"{file}, annotation {position + 1}: no object but {str(item)[:80]}")
         where = f"{file}, annotation {position + 1} (id {item.get('id')})"
         if not _is_id(item.get("image_id")) or item["image_id"] not in images:
             raise DataError(f"{where}: its image_id {item.get('image_id')!r} is not among the images")
-        if not item.get("iscrowd"):
-            boxes[item["image_id"]].append(_box(where, item, images[item["image_id"]], labels))
+        if item.get("iscrowd"):
+            continue
+        if (box := _box(where, item, images[item["image_id"]], labels)) is None:
+            flat.append(where)
+        else:
+            boxes[item["image_id"]].append(box)
+    if flat:
+        print(f"{len(flat)} boxes of no area are left out, the first: {flat[0]}")
     if not any(boxes.values()):
         raise DataError(f"{file}: there is no box for any of its {len(images)} images")
     return box_list(_files(file, list(images.values()), root, part), boxes.values())
@@ -85,15 +94,18 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | str)
 
 
-def _box(where: str, item: dict[str, Any], image: dict[str, Any], labels: dict[Any, int]) -> Box:
+def _box(where: str, item: dict[str, Any], image: dict[str, Any], labels: dict[Any, int]) -> Box | None:
+    """Return a box, None for one of no area."""
     if not _is_id(item.get("category_id")) or item["category_id"] not in labels:
         raise DataError(f"{where}: category_id {item.get('category_id')!r} is not one of the {len(labels)} categories")
     box = item.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise DataError(f"{where}: bbox is 4 numbers (x, y, width, height in pixels), got {box}")
     x, y, w, h = (number(where, value) for value in box)
-    if w <= 0 or h <= 0:
-        raise DataError(f"{where}: the box {box} has no area: mend or remove it")
+    if w < 0 or h < 0:
+        raise DataError(f"{where}: the box {box} has a negative width or height: mend or remove it")
+    if w == 0 or h == 0:
+        return None
     corners = x / image["width"], y / image["height"], (x + w) / image["width"], (y + h) / image["height"]
     written = f"{box} of an image of {image['width']}x{image['height']} pixels"
     return checked_box(where, labels[item["category_id"]], corners, written)
@@ -103,7 +115,7 @@ def _files(file: Path, images: list[dict[str, Any]], root: Path, part: str) -> l
     """Return the paths of images: below the first of the usual folders that holds the first of them."""
     names = part, f"{part}2017", f"{part}2014"
     folders = [root, root / "images", *(root / name for name in names), *(root / "images" / name for name in names)]
-    folders.append(file.parent)
+    folders += [root / other for other in ("val2017", "val2014")] + [file.parent]  # COCO's test images have no boxes
     first = images[0]["file_name"]
     folder = next((folder for folder in folders if (folder / first).is_file()), None)
     if folder is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slimming.errors import DataError
 
@@ -78,10 +78,10 @@ def _list_part(folder: Path, classes: list[str]) -> Listing:
     return Listing(np.concatenate(files), np.repeat(np.arange(len(classes)), counts))
 
 
-def open_image(file: Path) -> Image.Image:
-    """Open an image as RGB; DataError if it cannot be read."""
+def open_image(file: Path, upright: bool = False) -> Image.Image:
+    """Open an image as RGB, turned as its EXIF data say if it is to be `upright`; DataError if it cannot be read."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything in a decoder
         raise DataError(f"{file} cannot be read as an image ({error}): mend or remove it") from error

@@ -151,7 +151,10 @@ def _torch(what: Path | nn.Module, name: str, threads: int) -> Engine:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         with torch.no_grad():  # under inference_mode torch.compile would compile once more
-            return forward(torch.from_numpy(images).to(dtype)).numpy()
+            out = forward(torch.from_numpy(images).to(dtype))
+        while not isinstance(out, torch.Tensor):  # detectors have several outputs
+            out = next(iter(out.values() if isinstance(out, dict) else out))
+        return out.numpy()
 
     if name == "torch":
         return Engine(name, threads, shape, run)

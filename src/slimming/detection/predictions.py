@@ -86,5 +86,5 @@ def _of_scale(output: Tensor, priors: Sequence[tuple[float, float]], stride: int
     numbers = output.reshape(n, len(priors), -1, rows, columns).permute(0, 1, 3, 4, 2).reshape(n, count, -1)
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     cells = torch.stack((x, y), -1).repeat(len(priors), 1, 1, 1).reshape(count, 2)
-    extents = torch.tensor(priors).repeat_interleave(rows * columns, 0)
+    extents = torch.tensor(priors, dtype=output.dtype).repeat_interleave(rows * columns, 0)
     return numbers, cells.to(output), extents.to(output), torch.full((count, 1), float(stride)).to(output)

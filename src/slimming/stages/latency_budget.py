@@ -19,7 +19,8 @@ from slimming.channels.graph import ChannelGraph
 from slimming.channels.knapsack import LayerTimes
 from slimming.channels.latency import STEP, Latency
 from slimming.channels.plan import PruningPlan, fingerprint
-from slimming.config import PruneConfig
+from slimming.config import PruneConfig, SlimConfig
+from slimming.config.schema import PruneOptions
 from slimming.deploy import onnx_format
 from slimming.deploy.capturing import Network
 from slimming.deploy.engines import EXTRAS, cores, engine_version, torch_threads_kept
@@ -38,8 +39,8 @@ TABLE_FORMAT = 1
 WORTHWHILE = 0.1  # of what is asked for: a network that is farther off at a glance is not measured any better
 
 
-def check(cfg: PruneConfig) -> None:
-    """Raise ConfigError unless the engine is installed and there are as many cores as threads."""
+def check(cfg: PruneConfig | SlimConfig) -> None:
+    """Raise ConfigError unless the engine is installed, can run the network, and there are as many cores as threads."""
     missing = [package for package in PACKAGES[cfg.runtime] if importlib.util.find_spec(package) is None]
     if missing:
         extra = EXTRAS[ENGINES[cfg.runtime]]
@@ -47,9 +48,14 @@ def check(cfg: PruneConfig) -> None:
             f"runtime={cfg.runtime} needs {' and '.join(missing)}, not installed here: pip install 'slimming[{extra}]'"
         )
     check_number("latency_threads", _threads(cfg), 1, cores(), whole=True)
+    if cfg.runtime == "torch" and not str(cfg.model.get("_target_", "slimming.models.")).startswith("slimming.models."):
+        raise ConfigError(
+            "runtime=torch times checkpoints in fresh processes, which build models of this package alone: take runtime=onnx "
+            f"or openvino for {cfg.model['_target_']}"
+        )
 
 
-def _threads(cfg: PruneConfig) -> int:
+def _threads(cfg: PruneOptions) -> int:
     return cfg.latency_threads or 1
 
 
@@ -64,8 +70,8 @@ class LatencyBudget:
         self.cfg, self.source, self.folder = cfg, source, folder
         image = tuple(source.example.shape[1:])
         self.setting = Setting(ENGINES[cfg.runtime], (cfg.latency_batch, *image), _threads(cfg))
-        self.table, times = _table(cfg, graph, self.setting)
         self.dense = self._written(source.model, "dense", [])
+        self.table, times = _table(cfg, graph, self.setting)
         self.counted: list[tuple[dict[str, list[int]], Share]] = []  # kept channels and their share
         asked = {"runtime": cfg.runtime, "batch": cfg.latency_batch, "threads": _threads(cfg)}
         step = cfg.round_to if cfg.round_to > 1 else STEP
@@ -81,7 +87,7 @@ class LatencyBudget:
             checkpoint.write_network(copy_model(model).cpu().float(), record, path)
         else:
             path = self.folder / f"{name}.onnx"
-            onnx_format.write(Network(model, self.setting.images[1:], record), path)
+            onnx_format.write(Network(self.source.task.exported(model), self.setting.images[1:], record), path)
         return path
 
     def _measure(self, plan: PruningPlan) -> float:

@@ -28,6 +28,7 @@ from slimming.folders import LOCK, claimed
 from slimming.records import config_differences, finished
 from slimming.stages.building import build, model_spec
 from slimming.stages.finetuning import finetune, fit_schedule
+from slimming.stages.latency_budget import check as check_latency
 from slimming.stages.precision import settled
 from slimming.stages.pruning import PRUNED, SILENT, prune
 from slimming.stages.reporting import report
@@ -50,6 +51,8 @@ def slim(cfg: SlimConfig, out: Path) -> float:
         SlimmingError: of the stages; or `out` holds a stage of another configuration.
     """
     _check_ignored(cfg)
+    if cfg.budget.latency is not None:
+        check_latency(cfg)
     with claimed(out):
         return _slim(cfg, out)
 

@@ -268,7 +268,8 @@ def _gammas(cfg: PruneConfig, graph: ChannelGraph, plan: PruningPlan) -> dict[st
         gone[graph.norms[name].all] = True
         gone[graph.norms[name].start + torch.tensor(kept)] = False
     gammas = graph.scores("gamma")
-    by_gamma = cfg.score == "gamma" and cfg.per == "channel" and cfg.ties != "aligned"  # which compares means
+    by_gamma = cfg.score == "gamma" and cfg.per == "channel" and cfg.budget.latency is None
+    by_gamma = by_gamma and cfg.ties != "aligned"  # which compares means
     common = by_gamma and criterion_name(cfg) in ("global", "threshold", "budget")
     return {
         "edges": BINS.tolist(),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slimming.channels.criteria import Criterion
 from slimming.channels.graph import ChannelGraph
+from slimming.channels.latency import Latency
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import axes_of, prune, tensors_of
 from slimming.training.shrinking import Chosen
@@ -73,13 +74,17 @@ def planned_first(
 
     It stays away where less is asked for as well.
     """
+    if isinstance(criterion, Latency):  # measures what it plans, so that nothing may be added afterwards
+        criterion.left = left
     scores[left] = -torch.finfo(torch.float64).tiny  # below a gamma of 0; its square is 0
     given = {name: scores[norm.all] for name, norm in graph.norms.items()}
     plan = graph.plan(criterion, **options | {"score": given})
     kept = torch.zeros(graph.count, dtype=torch.bool)
     for name, norm in graph.norms.items():
         kept[norm.start + torch.tensor(plan.keep.get(name, range(norm.module.num_features)))] = True
-    if bool((kept & left & graph.candidates(options["ties"], options["ignore"])).any()):
+    if not isinstance(criterion, Latency) and bool(
+        (kept & left & graph.candidates(options["ties"], options["ignore"])).any()
+    ):
         alone, plan = plan, graph.plan(Chosen(left | ~kept, plan.asked), **options | {"score": given})
         if plan.got["removed"] > alone.got["removed"]:  # the constraints did not want them back
             print(f"more has left in training already: with that, {plan.got['ratio']:.1%} of the channels go")

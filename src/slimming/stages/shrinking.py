@@ -25,6 +25,12 @@ def leaving(cfg: TrainConfig, model: nn.Module, record: Record, example: torch.T
     """
     if not cfg.shrink:
         return None
+    for key in ("min_epochs", "min_steps"):  # of the recipe that a checkpoint hands on as well
+        if cfg.trainer.get(key):
+            raise ConfigError(
+                f"shrink=true and trainer.{key} exclude each other: shrinking ends one fit and begins another; give "
+                f"trainer.{key}=null"
+            )
     if record.low_rank:
         raise ConfigError(
             "shrink=true: the network's layers are split into factors of low rank, which keep their channels"

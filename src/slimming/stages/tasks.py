@@ -121,7 +121,8 @@ class Detection(Task):
         for name, model in networks.items():
             was_training = model.training
             with torch.no_grad():
-                found[name] = model.eval().detections(model(images.to(dtype_of(model))), images.shape[-2:])
+                # not model(...): compile=true has compiled that, perhaps for another device
+                found[name] = model.eval().detections(model.forward(images.to(dtype_of(model))), images.shape[-2:])
             model.train(was_training)
         detections.detections(images, data.mean, data.std, targets, found, data.class_names, out / DETECTIONS)
 

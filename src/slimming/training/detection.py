@@ -11,6 +11,7 @@ from slimming.quiet import only_errors
 from slimming.training.module import PenalisedModule
 
 BACKENDS = ("faster_coco_eval", "pycocotools")  # packages, the faster one first; both compute the same
+HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")  # Lightning casts targets as well
 PRECISIONS = {"map50": "map_50", "map": "map"}  # what is logged -> what torchmetrics calls it
 
 Target = dict[str, Tensor]  # boxes (n, 4) in pixels, corners x1 y1 x2 y2; labels (n,)
@@ -40,6 +41,13 @@ class DetectionModule(PenalisedModule):
         self.backend = metric_backend()
         self._parts: dict[str, Tensor] = {}  # part of the loss -> sum over this rank's training images of the epoch
         self._seen: list[tuple[Target, Target]] = []  # this rank's images of an evaluation: (detections, target)
+
+    def setup(self, stage: str) -> None:
+        if str(self.trainer.precision) in HALF:
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} rounds the corners of boxes to 8 or 11 bits: take bf16-mixed, "
+                "16-mixed or 32-true for a detector"
+            )
 
     def training_step(self, batch: tuple[Tensor, list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch  # (N, C, H, W), N of them
