@@ -53,7 +53,11 @@ def build(name):
 
 
 def test_there_are_all_of_ours_and_twenty_more():
-    detectors = {"yolov3", "yolov3_tiny", "torchvision_detection"}  # which have several outputs; see test_detection_stages
+    detectors = {
+        "yolov3",
+        "yolov3_tiny",
+        "torchvision_detection",
+    }  # which have several outputs; see test_detection_stages
     assert OWN.keys() | {"torchvision", "timm"} | detectors == models.REGISTRY.keys()
     assert len(set(TORCHVISION)) == 20
 
