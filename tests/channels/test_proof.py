@@ -117,3 +117,34 @@ def test_what_a_network_makes_of_rounding_is_no_difference(monkeypatch):
     small[5].weight.data = weight * (1 + 1e-7)  # wrong
     with pytest.raises(PlanError, match="differs from the masked one"):
         prove(model, small, plan)
+
+
+def asleep(side, fixed):
+    """A network, of images of a fixed side or of any, whose first channel is zero behind the ReLU on ordinary inputs."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+    model = nn.Sequential(*layers, *[nn.Flatten(), nn.Linear(2 * side**2, 2)] * fixed)
+    model[1].weight.data = torch.tensor([1.0, 0.9, 0.1, 0.1])
+    model[1].bias.data[0] = -20.0
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("side", "fixed", "seen"),
+    [
+        (100, False, [100] * 5),
+        (160, False, [160, 96, 96, 96, 96]),
+        (160, True, [160, 96, 160, 160, 160, 160]),  # it does not take the part
+    ],
+)
+def test_later_inputs_are_parts_of_large_images_and_wake_what_sleeps(side, fixed, seen):
+    model, sides = asleep(side, fixed), []
+    small, plan = thin(model, torch.randn(1, 3, side, side).double())
+    assert plan.keep["1"] == [0, 1]
+    hook = small.register_forward_pre_hook(lambda module, args: sides.append(args[0].shape[-1]))
+    prove(model, small, plan)
+    hook.remove()
+    assert sides == seen
+    small[3].weight.data[:, 0] += 1  # it reads the channel that sleeps
+    with pytest.raises(PlanError, match="differs from the masked one"):
+        prove(model, small, plan)
