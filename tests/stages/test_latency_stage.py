@@ -171,6 +171,14 @@ def test_a_runtime_that_is_not_installed(dense, tmp_path, monkeypatch):
         prune(dense, tmp_path / "a", runtime="onnx")
 
 
+def test_eager_torch_times_models_of_this_package():
+    cfg = compose_config(
+        "budget.latency=0.5", "runtime=torch", "model._target_=torchvision.models.resnet18", name="slim"
+    )
+    with pytest.raises(ConfigError, match=r"runtime=torch times .*take runtime=onnx .*for torchvision.models.resnet18"):
+        latency_budget.check(cfg)
+
+
 def test_more_threads_than_cores(dense, tmp_path):
     with pytest.raises(ConfigError, match=r"latency_threads must be a whole number >= 1 and <= \d+, got 4096"):
         prune(dense, tmp_path / "a", "latency_threads=4096")
