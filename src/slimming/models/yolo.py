@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.detection.choosing import Detections, choose
+from slimming.detection.distillation import yolo_distillation
 from slimming.detection.predictions import NUMBERS, predictions
 from slimming.detection.yolo_loss import yolo_loss
 from slimming.errors import ConfigError, check_number
@@ -71,6 +73,17 @@ class Yolo(nn.Module):
     def loss(self, outputs: list[Tensor], targets: list[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
         """Return the parts of the training loss, see `yolo_loss`; `size` of the images is that of the outputs' grids."""
         return yolo_loss(outputs, targets, self.priors, self.strides)
+
+    def layout(self) -> dict[str, Any]:
+        """Return what the raw outputs of two networks have in common where they mean the same."""
+        return {"classes": self.num_classes, "strides": self.strides, "priors": self.priors}
+
+    def distilled(
+        self, outputs: list[Tensor], teacher: list[Tensor], size: tuple[int, int], temperature: float
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss against the raw outputs of another network, see `yolo_distillation`."""
+        student, other = (predictions(raw, self.priors, self.strides) for raw in (outputs, teacher))
+        return yolo_distillation(student, other, temperature)
 
     def decoded(self, outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1]."""
