@@ -134,8 +134,8 @@ class Detection(Task):
         try_model(teacher, example_of(data))
 
     def draw(self, networks: dict[str, nn.Module], data: ImageData, out: Path) -> None:
-        images, targets = next(iter(data.test_dataloader()))
-        images, targets = data.transform(images[:DRAWN]), targets[:DRAWN]
+        images, targets = data.first("test", DRAWN)
+        images = data.transform(images)
         found = {}
         for name, model in networks.items():
             was_training = model.training
