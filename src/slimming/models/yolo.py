@@ -1,7 +1,7 @@
 """What the YOLOv3 networks share: units of convolution, priors, outputs, and what their outputs mean."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,19 +41,33 @@ class Yolo(nn.Module):
 
     strides: tuple[int, ...]
 
-    def __init__(self, priors: Sequence[Sequence[float]], num_classes: int, in_channels: int, image_size: int):
+    def __init__(
+        self,
+        priors: Sequence[Sequence[float]],
+        width: float,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        gamma_init: float,
+    ):
         super().__init__()
         check_io_shape(num_classes, in_channels)
         check_number("data.image_size", image_size, 1, whole=True)
         self.num_classes = num_classes
         self.priors = priors_of_scales(priors, len(self.strides), image_size)
+        self.add_layers(in_channels, lambda channels: max(1, round(channels * width)))
+        self._draw(gamma_init)
+
+    def add_layers(self, in_channels: int, w: Callable[[int], int]) -> None:
+        """Add the layers; `w` gives the width of one that has so many channels in the paper."""
+        raise NotImplementedError
 
     @property
     def out_channels(self) -> int:
         """Channels of every output."""
         return len(self.priors[0]) * (NUMBERS + self.num_classes)
 
-    def begin(self, gamma_init: float) -> None:
+    def _draw(self, gamma_init: float) -> None:
         """Draw fresh weights, as the other networks do; a prediction begins as unlikely to hold an object."""
         initialise(self, gamma_init)
         for module in self.modules():
