@@ -185,3 +185,10 @@ def test_the_teachers_background_teaches_that_it_is_background_alone(name):
     chance, wanted = logit.sigmoid(), others["cls_logits"][1, 7].sigmoid()
     by_hand = wanted.xlogy(wanted / chance) + (1 - wanted).xlogy((1 - wanted) / (1 - chance))
     torch.testing.assert_close(parts["classification"], wanted[2] * by_hand.sum())
+
+
+def test_what_they_say_means_the_same_where_kind_and_classes_are_the_same():
+    layouts = [models.build("torchvision_detection", name=name, **SMALL).layout() for name in NAMES]
+    assert layouts[0] != layouts[1] == layouts[2]
+    other = models.build("torchvision_detection", name=NAMES[1], num_classes=4, image_size=96).layout()
+    assert other == layouts[1] | {"classes": 4}

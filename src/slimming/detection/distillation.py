@@ -4,8 +4,9 @@ The two see the same image, so that their predictions correspond one to one. Mos
 nothing and would swamp the rest: they count by how sure the teacher is that there is an object. How sure it is, is itself
 matched everywhere.
 
-Source: Mehta and Ozturk, Object Detection at 200 Frames Per Second, arXiv:1805.06361, section 3.2, without the suppression of
-neighbouring predictions (FM-NMS). Divergences stand for the losses, with the same gradients: they are 0 where both agree.
+Source: Mehta and Ozturk, Object Detection at 200 Frames Per Second, arXiv:1805.06361, the objectness scaled distillation,
+without the suppression of neighbouring predictions (feature map NMS), and with YOLOv3's losses for YOLOv2's. A divergence
+stands for each cross-entropy: it has the same gradient, and is 0 where both agree.
 """
 
 from torch import Tensor

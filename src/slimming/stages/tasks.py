@@ -123,7 +123,7 @@ class Detection(Task):
 
     name, metrics = "detection", ("map50", "map")
     asked_for = ("image_size",)
-    temperature, alpha = 1.0, 0.5  # the paper's: no temperature, teacher and labels alike
+    temperature, alpha = 1.0, 0.5  # teacher and labels alike, chances as they are
 
     def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
         kind = DistillingDetectionModule if "teacher" in training else DetectionModule
