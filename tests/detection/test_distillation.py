@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimming.detection.distillation import divergence, yolo_distillation
-from slimming.detection.predictions import predictions
+from slimming.detection.predictions import LARGEST_EXPONENT, predictions
 
 PRIORS = (((40.0, 40.0),), ((8.0, 8.0),))
 STRIDES = (32, 16)
@@ -72,3 +72,11 @@ def test_the_background_teaches_that_it_is_background_alone():
         others = gradient[:, [0, 1, 2, 3, 5, 6]]
         assert (others[0, :, 0, 0] != 0).all() and others.count_nonzero() == 6
         assert (gradient[:, 4] != 0).all()
+
+
+def test_a_teacher_with_boxes_without_bounds_teaches_the_largest_that_there_are():
+    student, teacher, bounded = raw(5), raw(6), raw(6)
+    for wild, tame in zip(teacher, bounded, strict=True):
+        wild[:, 2:4] *= 1e6
+        tame[:, 2:4] = wild[:, 2:4].clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    assert parts(student, teacher) == parts(student, bounded)

@@ -12,7 +12,7 @@ stands for each cross-entropy: it has the same gradient, and is 0 where both agr
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimming.detection.predictions import Predictions
+from slimming.detection.predictions import LARGEST_EXPONENT, Predictions
 
 
 def yolo_distillation(student: Predictions, teacher: Predictions, temperature: float) -> dict[str, Tensor]:
@@ -26,9 +26,10 @@ def yolo_distillation(student: Predictions, teacher: Predictions, temperature: f
     """
     n, size = len(student.objectness), student.size
     sure = teacher.objectness.sigmoid()  # (N, P)
-    share = teacher.extents().prod(-1) / (size[0] * size[1])  # of the image
+    wanted = teacher.extent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)  # a bad teacher's may lie anywhere
+    share = (teacher.priors * wanted.exp()).prod(-1) / (size[0] * size[1])  # of the image
     weight = sure * (2 - share.clamp(max=1))
-    place = divergence(student.centre, teacher.centre) + (student.extent - teacher.extent).square() / 2  # (N, P, 2)
+    place = divergence(student.centre, teacher.centre) + (student.extent - wanted).square() / 2  # (N, P, 2)
     classes = divergence(student.classes, teacher.classes, temperature)  # (N, P, C)
     return {
         "box": (weight[..., None] * place).sum() / n,

@@ -44,12 +44,8 @@ class Predictions:
     def boxes(self) -> Tensor:
         """Return the boxes (N, P, 4) in pixels: b = sigmoid(t) + cell for the centre, prior * exp(t) for the extent."""
         centre = (self.centre.sigmoid() + self.cells) * self.strides
-        half = self.extents() / 2
+        half = self.priors * self.extent.clamp(max=LARGEST_EXPONENT).exp() / 2
         return torch.cat((centre - half, centre + half), -1)
-
-    def extents(self) -> Tensor:
-        """Return the widths and heights (N, P, 2) of the boxes, in pixels."""
-        return self.priors * self.extent.clamp(max=LARGEST_EXPONENT).exp()
 
     def scores(self) -> Tensor:
         """Return the confidence (N, P, C) in [0, 1]: that there is an object, and of which class."""
