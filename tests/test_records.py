@@ -14,7 +14,7 @@ BEFORE = {
     "data": {"root": "/a/images", "num_workers": 2, "eval_batch_size": 256, "batch_size": 64, "seed": 1},
     "trainer": {"max_epochs": 3, "enable_progress_bar": True, "profiler": None},
     "callbacks": {"stop": {"_target_": "x", "epoch": 1}},
-    "finetune": {"distill": {"teacher": "a/last.ckpt", "alpha": 0.9}},
+    "finetune": {"distill": {"teacher": "a/last.ckpt", "alpha": 0.5, "temperature": 4.0}},
 }
 
 
@@ -49,6 +49,7 @@ def changed_copy(value):
         ("trainer.enable_model_summary", True),
         ("trainer.profiler", "simple"),
         ("finetune.distill.teacher", "b/last.ckpt"),
+        ("finetune.distill.temperature", None),  # versions before this default wrote it in numbers
         ("trainer.gradient_clip_val", None),  # a key that was not there yet
     ],
 )
@@ -85,7 +86,7 @@ def test_what_matters_is_flat():
         "data.seed": 1,
         "trainer.max_epochs": 3,
         "finetune.distill.teacher": True,
-        "finetune.distill.alpha": 0.9,
+        "finetune.distill.alpha": 0.5,
     }
 
 

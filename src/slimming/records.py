@@ -22,6 +22,9 @@ IRRELEVANT = {
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"),
 }
 IMPLIED = {"penalty.name": "l1", "task": "classification"}  # what configurations of versions without the key meant
+IMPLIED |= {  # what they wrote where null stands now
+    f"{at}distill.{key}": value for at in ("", "finetune.") for key, value in (("temperature", 4.0), ("alpha", 0.9))
+}
 WHETHER = {"distill.teacher", "finetune.distill.teacher"}  # paths of which it matters only whether there is one
 
 

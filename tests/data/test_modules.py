@@ -66,6 +66,15 @@ def test_evaluation_is_not_augmented():
     assert not torch.allclose(data.on_after_batch_transfer((images, labels), 0)[0], plain, atol=0.1)
 
 
+def test_the_first_images_are_the_same_on_every_rank():
+    data = ready(Digits())
+    images, labels = data.splits["test"].images, data.splits["test"].labels
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    found = data.first("test", 5)
+    assert torch.equal(found[0], images[:5]) and torch.equal(found[1], labels[:5])
+    assert len(data.first("test", 1000)[0]) == len(images)
+
+
 def test_normalised_batches_have_no_mean_and_unit_deviation():
     data = ready(Digits())
     images, _ = data.on_after_batch_transfer((data.splits["train"].images, None), 0)

@@ -140,3 +140,55 @@ def test_what_is_decoded_for_other_engines_is_what_is_detected_from(name):
         BoxesOut(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
     torch.testing.assert_close(program.module()(images[:2]), torch.cat((boxes / 64, scores), -1)[:2])
+
+
+def raw_of_two(name):
+    """Return a network, its raw outputs as leaves, and those of another network of its kind."""
+    torch.manual_seed(0)
+    student, teacher = (models.build("torchvision_detection", name=name, **SMALL).eval() for _ in range(2))
+    assert student.layout() == teacher.layout()
+    with torch.no_grad():
+        outputs, others = (net(torch.randn(2, 3, 64, 64)) for net in (student, teacher))
+    for key, scale in (("cls_logits", 2.0), ("bbox_regression", 0.2), ("bbox_ctrness", 2.0)):
+        for raw in (outputs, others):
+            if key in raw:
+                raw[key] = raw[key] + scale * torch.rand_like(raw[key])
+    return student, {key: value.clone().requires_grad_() for key, value in outputs.items()}, others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_learned_from_a_teacher_that_says_the_same(name):
+    student, outputs, _ = raw_of_two(name)
+    parts = student.distilled(outputs, {key: value.detach() for key, value in outputs.items()}, (64, 64), 4.0)
+    centres = {"bbox_ctrness"} if "fcos" in name else set()
+    assert set(parts) == {"objectness", "classification", "bbox_regression"} | centres
+    assert all(value.item() == pytest.approx(0, abs=1e-5) for value in parts.values())
+    sum(parts.values()).backward()
+    assert all(value.grad.abs().max() < 1e-6 for value in outputs.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_teachers_background_teaches_that_it_is_background_alone(name):
+    """One prediction has an object; elsewhere the teacher is sure that there is none: only the likeliest class learns it."""
+    student, outputs, others = raw_of_two(name)
+    others["cls_logits"] = torch.full_like(others["cls_logits"], -200.0)
+    others["cls_logits"][1, 7, 2] = 3.0
+    parts = student.distilled(outputs, others, (64, 64), 1.0)
+    likeliest = nn.functional.one_hot(outputs["cls_logits"].argmax(-1), 3).bool()
+    (gradient,) = torch.autograd.grad(parts.pop("objectness"), outputs["cls_logits"], retain_graph=True)
+    assert (gradient[likeliest] != 0).all() and not gradient[~likeliest].any()
+    sum(parts.values()).backward(retain_graph=True)
+    for raw in outputs.values():
+        assert raw.grad[1, 7].any()
+        assert raw.grad.count_nonzero() == raw.grad[1, 7].count_nonzero()
+    logit = outputs["cls_logits"][1, 7]
+    chance, wanted = logit.sigmoid(), others["cls_logits"][1, 7].sigmoid()
+    by_hand = wanted.xlogy(wanted / chance) + (1 - wanted).xlogy((1 - wanted) / (1 - chance))
+    torch.testing.assert_close(parts["classification"], wanted[2] * by_hand.sum())
+
+
+def test_what_they_say_means_the_same_where_kind_and_classes_are_the_same():
+    layouts = [models.build("torchvision_detection", name=name, **SMALL).layout() for name in NAMES]
+    assert layouts[0] != layouts[1] == layouts[2]
+    other = models.build("torchvision_detection", name=NAMES[1], num_classes=4, image_size=96).layout()
+    assert other == layouts[1] | {"classes": 4}

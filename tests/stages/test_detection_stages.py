@@ -9,7 +9,7 @@ import torch
 
 import slimming
 from conftest import compose_config
-from slimming import checkpoint, stages
+from slimming import checkpoint, models, stages
 from slimming.errors import ConfigError
 
 SMALL = ("task=detection", "model=yolov3_tiny", "model.width=0.0625", "optimizer=adamw", "optimizer.lr=1e-3")
@@ -82,11 +82,13 @@ def test_from_scratch(sparse, tmp_path):
 
 
 def test_the_pipeline(tmp_path):
-    config = compose_config(*SMALL, "sparsity=0.01", "ratio=0.5", "calibrate.batches=2", "latency_batch=1", name="slim")
+    setting = ("sparsity=0.01", "ratio=0.5", "calibrate.batches=2", "latency_batch=1", "finetune.distill=true")
+    config = compose_config(*SMALL, *setting, name="slim")
     score = stages.slim(on_squares(config), tmp_path)
-    assert score == result(tmp_path / "ratio-0.5" / "finetuned")["metrics"]["test/map50"]
+    metrics = result(tmp_path / "ratio-0.5" / "finetuned")["metrics"]
+    assert score == metrics["test/map50"] and metrics["train/teacher_objectness"] > 0
     text = (tmp_path / "report.md").read_text()
-    assert "test mAP@0.5 (%)" in text and "accuracy" not in text.lower()
+    assert "test mAP@0.5 (%)" in text and "accuracy" not in text.lower() and "distilled" in text
     drawn = [tmp_path / run / "detections.png" for run in ("sparse", "ratio-0.5/pruned", "ratio-0.5/finetuned")]
     shown = sorted((tmp_path / "figures").glob("detections_*.png"))
     assert [p.read_bytes() for p in drawn] == [p.read_bytes() for p in shown] and all(p.name in text for p in shown)
@@ -155,10 +157,40 @@ def test_exports_that_there_are_not_are_refused(sparse, tmp_path, override, mess
         export(sparse[1] / "last.ckpt", tmp_path, override)
 
 
-def test_a_teacher_is_refused(sparse, tmp_path):
-    teacher = sparse[1] / "last.ckpt"
-    config = compose_config(f"checkpoint={teacher}", f"distill.teacher={teacher}", name="finetune")
-    with pytest.raises(ConfigError, match="distillation is for task=classification"):
-        stages.finetune(on_squares(config), tmp_path)
-    with pytest.raises(ConfigError, match=r"finetune\.distill=true is for task=classification"):
-        compose_config(*SMALL, "finetune.distill=true", name="slim")
+STOP = "+callbacks.stop={_target_: test_train_stage.Stop, epoch: 0}"
+
+
+def tune(path, out, *overrides):
+    config = compose_config(f"checkpoint={path}", "trainer.max_epochs=2", *overrides, name="finetune")
+    return stages.finetune(on_squares(config), out)
+
+
+def test_finetuned_with_a_teacher_and_interrupted(sparse, tmp_path):
+    prune(sparse[1] / "last.ckpt", tmp_path / "pruned", "ratio=0.5", "test=false")
+    path, teacher = tmp_path / "pruned" / "pruned.ckpt", f"distill.teacher={sparse[1] / 'last.ckpt'}"
+    score = tune(path, tmp_path / "a", teacher)
+    found = result(tmp_path / "a")
+    assert score == found["metrics"]["test/map50"] and found["metrics"]["train/teacher_box"] > 0
+    distilled = found["config"]["finetune"]["distill"]
+    assert (distilled["temperature"], distilled["alpha"]) == (1.0, 0.5)
+    with pytest.raises(SystemExit):
+        tune(path, tmp_path / "b", teacher, STOP)
+    tune(path, tmp_path / "b", teacher, "resume=true")
+    one, other = (checkpoint.read(tmp_path / run / "last.ckpt").content["state_dict"] for run in "ab")
+    assert one.keys() == other.keys() == checkpoint.read(path).content["state_dict"].keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_classifier_is_no_teacher_of_a_detector(sparse, tmp_path):
+    arguments = {"widths": [4], "num_classes": 2, "in_channels": 1}
+    slimming.save(tmp_path / "t.ckpt", models.vgg(**arguments), dense={"name": "vgg", "arguments": arguments})
+    with pytest.raises(ConfigError, match=r"t\.ckpt, VGG, is not a detector that learns from a teacher or teaches"):
+        tune(sparse[1] / "last.ckpt", tmp_path / "run", f"distill.teacher={tmp_path / 't.ckpt'}")
+
+
+def test_a_detector_of_another_layout_is_no_teacher(sparse, tmp_path):
+    arguments = {"width": 0.05, "num_classes": 2, "in_channels": 1, "image_size": 64}
+    dense = {"name": "yolov3", "arguments": arguments}
+    slimming.save(tmp_path / "t.ckpt", models.yolov3(**arguments), dense=dense)
+    with pytest.raises(ConfigError, match=r"strides=\(32, 16, 8\), the network to train with strides=\(32, 16\)"):
+        tune(sparse[1] / "last.ckpt", tmp_path / "run", f"distill.teacher={tmp_path / 't.ckpt'}")

@@ -332,6 +332,14 @@ def test_a_teacher_of_other_classes_is_refused(folder, tmp_path):
         finetune(folder / "pruned/pruned.ckpt", tmp_path / "run", f"distill.teacher={tmp_path}/t.ckpt")
 
 
+def test_a_detector_is_no_teacher_of_a_classifier(folder, tmp_path):
+    arguments = {"width": 0.0625, "num_classes": 10, "in_channels": 1, "image_size": 32}
+    dense = {"name": "yolov3_tiny", "arguments": arguments}
+    slimming.save(tmp_path / "t.ckpt", models.yolov3_tiny(**arguments), dense=dense)
+    with pytest.raises(ConfigError, match="is a detector, YoloV3Tiny, and this network is a classifier"):
+        finetune(folder / "pruned/pruned.ckpt", tmp_path / "run", f"distill.teacher={tmp_path}/t.ckpt")
+
+
 def test_a_plan_without_a_look_at_train_mode_is_not_fine_tuned(folder, tmp_path):
     content = checkpoint.read(folder / "pruned/pruned.ckpt").content
     content["slimming"]["plans"][0] |= {"train_watched": False, "train_reason": "targets are missing"}

@@ -275,8 +275,6 @@ def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
 
 
 def _check_slim(config: SlimConfig) -> None:
-    if config.task != "classification" and config.finetune.distill:
-        raise ConfigError(f"finetune.distill=true is for task=classification, and this is task={config.task}")
     if config.shrink and config.ignore:
         raise ConfigError(
             f"shrink=true and ignore={config.ignore} exclude each other: of every penalised BatchNorm channels leave; "

@@ -200,9 +200,19 @@ class PruneConfig(PruneOptions):
 class DistillConfig:
     """Learning from a teacher."""
 
-    teacher: str | None = option(None, "a checkpoint of any stage whose logits to learn from; null: no teacher")
-    temperature: float = option(4.0, "that softens the teacher's and the student's logits", low=0, above=True)
-    alpha: float = option(0.9, "weight of the teacher in the loss", low=0, high=1)
+    teacher: str | None = option(None, "a checkpoint of any stage whose raw outputs to learn from; null: no teacher")
+    temperature: float | None = option(
+        None,
+        "that softens the teacher's and the student's chances of the classes; null: 4, for a detector 1",
+        low=0,
+        above=True,
+    )
+    alpha: float | None = option(
+        None,
+        "weight of the teacher in the loss, that of the labels is 1 - alpha; null: 0.9, for a detector 0.5",
+        low=0,
+        high=1,
+    )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from slimming.data.augment import normalise, random_crop, random_flip
 from slimming.data.sampler import EpochSampler, TensorImages, mix
@@ -123,6 +123,11 @@ class ImageData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._loader("test", self.eval_batch_size)
+
+    def first(self, split: str, count: int):
+        """Return the first images of a split as a batch, at most `count`: the same ones on every rank."""
+        part = Subset(self.splits[split], range(min(count, len(self.splits[split]))))
+        return next(iter(DataLoader(part, count, collate_fn=self.collate, generator=torch.Generator())))
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

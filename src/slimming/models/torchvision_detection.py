@@ -3,12 +3,14 @@
 import difflib
 import math
 import pathlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, generalized_box_iou_loss
 
 from slimming.detection.choosing import LOWEST, Detections
+from slimming.detection.distillation import divergence
 from slimming.errors import ConfigError, check_number
 from slimming.models.init import check_io_shape, set_gammas
 from slimming.models.zoo import fit_stem
@@ -46,6 +48,45 @@ class TorchvisionDetector(nn.Module):
         anchors, counts = self._anchors(outputs, len(targets), size)
         levels = {"num_anchors_per_level": counts} if "bbox_ctrness" in outputs else {}
         return self.net.compute_loss(targets, outputs, anchors, **levels)
+
+    def layout(self) -> dict[str, Any]:
+        """Return what the raw outputs of two networks have in common where they mean the same."""
+        anchors = self.net.anchor_generator
+        return {
+            "network": type(self.net).__name__,
+            "classes": self.net.head.classification_head.num_classes,
+            "anchors": (anchors.sizes, anchors.aspect_ratios),
+        }
+
+    def distilled(
+        self, outputs: dict[str, Tensor], teacher: dict[str, Tensor], size: tuple[int, int], temperature: float
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss against the raw outputs of another network.
+
+        As slimming.detection.distillation has it: what is likeliest in a place says how sure a network is that there is an
+        object (`objectness`, matched everywhere), and the teacher weighs the rest by it: the classes, the boxes by
+        generalised IoU, of FCOS the centre-ness. All are divided by the sum of these weights, but at least 1, as the
+        training loss is by the number of predictions that have an object.
+
+        Source: Yang et al., Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection,
+        arXiv:2308.14286, for the form of the parts: each class a yes or no of its own, boxes by an IoU.
+
+        Args:
+            temperature: of the classes.
+        """
+        student, other = ({key: value.float() for key, value in raw.items()} for raw in (outputs, teacher))
+        logits = student["cls_logits"], other["cls_logits"]  # (N, P, num_classes)
+        likeliest = [each.amax(-1) for each in logits]  # (N, P)
+        sure = likeliest[1].sigmoid()
+        boxes = [self.decoded(raw, size)[0] for raw in (student, other)]
+        parts = {
+            "classification": sure[..., None] * divergence(*logits, temperature),
+            "objectness": divergence(*likeliest),
+            "bbox_regression": sure * generalized_box_iou_loss(*boxes),
+        }
+        if "bbox_ctrness" in student:
+            parts["bbox_ctrness"] = sure[..., None] * divergence(student["bbox_ctrness"], other["bbox_ctrness"])
+        return {name: part.sum() / sure.sum().clamp(min=1) for name, part in parts.items()}
 
     def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1], as torchvision scores them."""

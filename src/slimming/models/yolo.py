@@ -1,12 +1,14 @@
 """What the YOLOv3 networks share: units of convolution, priors, outputs, and what their outputs mean."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimming.detection.choosing import Detections, choose
+from slimming.detection.distillation import yolo_distillation
 from slimming.detection.predictions import NUMBERS, predictions
 from slimming.detection.yolo_loss import yolo_loss
 from slimming.errors import ConfigError, check_number
@@ -39,19 +41,33 @@ class Yolo(nn.Module):
 
     strides: tuple[int, ...]
 
-    def __init__(self, priors: Sequence[Sequence[float]], num_classes: int, in_channels: int, image_size: int):
+    def __init__(
+        self,
+        priors: Sequence[Sequence[float]],
+        width: float,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        gamma_init: float,
+    ):
         super().__init__()
         check_io_shape(num_classes, in_channels)
         check_number("data.image_size", image_size, 1, whole=True)
         self.num_classes = num_classes
         self.priors = priors_of_scales(priors, len(self.strides), image_size)
+        self.add_layers(in_channels, lambda channels: max(1, round(channels * width)))
+        self._draw(gamma_init)
+
+    def add_layers(self, in_channels: int, w: Callable[[int], int]) -> None:
+        """Add the layers; `w` gives the width of one that has so many channels in the paper."""
+        raise NotImplementedError
 
     @property
     def out_channels(self) -> int:
         """Channels of every output."""
         return len(self.priors[0]) * (NUMBERS + self.num_classes)
 
-    def begin(self, gamma_init: float) -> None:
+    def _draw(self, gamma_init: float) -> None:
         """Draw fresh weights, as the other networks do; a prediction begins as unlikely to hold an object."""
         initialise(self, gamma_init)
         for module in self.modules():
@@ -71,6 +87,17 @@ class Yolo(nn.Module):
     def loss(self, outputs: list[Tensor], targets: list[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
         """Return the parts of the training loss, see `yolo_loss`; `size` of the images is that of the outputs' grids."""
         return yolo_loss(outputs, targets, self.priors, self.strides)
+
+    def layout(self) -> dict[str, Any]:
+        """Return what the raw outputs of two networks have in common where they mean the same."""
+        return {"classes": self.num_classes, "strides": self.strides, "priors": self.priors}
+
+    def distilled(
+        self, outputs: list[Tensor], teacher: list[Tensor], size: tuple[int, int], temperature: float
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss against the raw outputs of another network, see `yolo_distillation`."""
+        student, other = (predictions(raw, self.priors, self.strides) for raw in (outputs, teacher))
+        return yolo_distillation(student, other, temperature)
 
     def decoded(self, outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1]."""

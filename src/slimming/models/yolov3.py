@@ -1,6 +1,6 @@
 """YOLOv3: Darknet-53 and predictions on three scales."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -44,20 +44,7 @@ class YoloV3(Yolo):
 
     strides = (32, 16, 8)
 
-    def __init__(
-        self,
-        priors: Sequence[Sequence[float]],
-        width: float,
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        gamma_init: float,
-    ):
-        super().__init__(priors, num_classes, in_channels, image_size)
-
-        def w(channels: int) -> int:
-            return max(1, round(channels * width))
-
+    def add_layers(self, in_channels: int, w: Callable[[int], int]) -> None:
         self.stem = Unit(in_channels, w(32), 3)
         before = 32
         for number, (channels, blocks) in enumerate(STAGES):
@@ -69,7 +56,6 @@ class YoloV3(Yolo):
         self.middle = Scale(w(256) + w(512), w(256), w(512), self.out_channels)
         self.to_fine = Unit(w(256), w(128), 1)
         self.fine = Scale(w(128) + w(256), w(128), w(256), self.out_channels)
-        self.begin(gamma_init)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.check_size(x)

@@ -1,6 +1,6 @@
 """YOLOv3-tiny: a short chain of convolutions and predictions on two scales."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,20 +16,7 @@ class YoloV3Tiny(Yolo):
 
     strides = (32, 16)
 
-    def __init__(
-        self,
-        priors: Sequence[Sequence[float]],
-        width: float,
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        gamma_init: float,
-    ):
-        super().__init__(priors, num_classes, in_channels, image_size)
-
-        def w(channels: int) -> int:
-            return max(1, round(channels * width))
-
+    def add_layers(self, in_channels: int, w: Callable[[int], int]) -> None:
         layers, before = [], in_channels
         for channels in (16, 32, 64, 128, 256):
             layers += [Unit(before, w(channels), 3), nn.MaxPool2d(2)]
@@ -41,7 +28,6 @@ class YoloV3Tiny(Yolo):
         self.coarse = nn.Sequential(Unit(w(256), w(512), 3), nn.Conv2d(w(512), self.out_channels, 1))
         self.to_fine = Unit(w(256), w(128), 1)
         self.fine = nn.Sequential(Unit(w(128) + w(256), w(256), 3), nn.Conv2d(w(256), self.out_channels, 1))
-        self.begin(gamma_init)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.check_size(x)

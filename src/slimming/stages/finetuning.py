@@ -13,19 +13,19 @@ from slimming.channels.options import PenaltyOptions, check_penalty
 from slimming.channels.plan import PruningPlan
 from slimming.channels.surgery import prune_optimizer_state
 from slimming.checkpoint import Checkpoint
-from slimming.config import FinetuneConfig, TrainConfig, TrainOptions, plain
+from slimming.config import DistillConfig, FinetuneConfig, TrainConfig, TrainOptions, plain
 from slimming.data import ImageData
 from slimming.data.sampler import mix
 from slimming.errors import ConfigError, check_number
 from slimming.models import redraw
 from slimming.records import Record, Result
-from slimming.stages.building import build, build_data, dtype_of, example_of, inherit, model_spec, shape_of, try_model
+from slimming.stages.building import build, build_data, example_of, inherit, model_spec, shape_of, try_model
 from slimming.stages.fitting import Network, fit
 from slimming.stages.precision import settled
 from slimming.stages.recording import rank_zero, recorded, relative
 from slimming.stages.resuming import LAST, resume_point
 from slimming.stages.splitting import split
-from slimming.stages.tasks import task_of
+from slimming.stages.tasks import Task, task_of
 from slimming.training.module import parameter_groups
 
 GROUPS = ("data", "optimizer", "scheduler", "trainer")
@@ -57,6 +57,7 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
         torch.manual_seed(recipe.seed)
         data = build_data(recipe.data)
         task = task_of(recipe)
+        cfg = dataclasses.replace(cfg, distill=_distillation(cfg.distill, task))
         facts = task.facts(cfg.model, shape_of(data))
         dense = build("model", cfg.model, **facts) if cfg.model.get("_target_") else None  # None: the checkpoint's
         network = _network(cfg, recipe, saved, data, dense)
@@ -66,12 +67,18 @@ def finetune(cfg: FinetuneConfig, out: Path) -> float:
             _stretch(recipe, checkpoint.architecture(saved, dense, pruned=False), network.model, example_of(data))
         run.result.config = network.record.config = plain(recipe) | {"finetune": _choices(cfg)}
         if cfg.distill.teacher:
-            task.check_teacher()
-            network.teacher = _teacher(cfg.distill.teacher, data, dense)
-        network.distillation = {"temperature": cfg.distill.temperature, "alpha": cfg.distill.alpha}
+            network.teacher = _teacher(cfg.distill.teacher, dense)
+            task.check_teacher(cfg.distill.teacher, network.teacher, network.model, data)
+            network.distillation = {"temperature": cfg.distill.temperature, "alpha": cfg.distill.alpha}
         start = resume_point(cfg.resume, run.result.config, out)
         fit(recipe, run, network, data, start)
     return run.result.metrics.get(f"test/{task.score}", math.nan)
+
+
+def _distillation(given: DistillConfig, task: Task) -> DistillConfig:
+    """Return the options of distillation with what the task has for those that are not given, where there is a teacher."""
+    usual = {key: getattr(task, key) for key in ("temperature", "alpha") if getattr(given, key) is None}
+    return dataclasses.replace(given, **usual) if given.teacher else given
 
 
 def _choices(cfg: FinetuneConfig) -> dict[str, Any]:
@@ -217,12 +224,7 @@ def _stretch(recipe: TrainConfig, dense: nn.Module, thin: nn.Module, example: to
     print(f"epochs_by=macs: {asked} epochs x {wide / 1e6:,.1f}M / {small / 1e6:,.1f}M MACs -> {epochs} epochs")
 
 
-def _teacher(path: str, data: ImageData, dense: nn.Module | None) -> nn.Module:
+def _teacher(path: str, dense: nn.Module | None) -> nn.Module:
     """Load the teacher; `dense` is the dense network of one that is not registered."""
     saved = checkpoint.read(path)
-    teacher = checkpoint.rebuild(saved, None if saved.record.model else dense)
-    try_model(teacher, example_of(data))
-    classes = teacher(example_of(data).to(dtype_of(teacher))).shape[1]
-    if classes != data.num_classes:
-        raise ConfigError(f"distill.teacher={path} knows {classes} classes, the data have {data.num_classes}")
-    return teacher
+    return checkpoint.rebuild(saved, None if saved.record.model else dense)

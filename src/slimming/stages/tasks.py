@@ -14,9 +14,9 @@ from slimming.errors import ConfigError
 from slimming.records import SCORES
 from slimming.report import detections
 from slimming.report.runs import DETECTIONS
-from slimming.stages.building import dtype_of, takes
+from slimming.stages.building import dtype_of, example_of, takes, try_model
 from slimming.training.detection import DetectionModule
-from slimming.training.distillation import DistillingModule
+from slimming.training.distillation import DistillingDetectionModule, DistillingModule, check_same_layout
 from slimming.training.module import PenalisedModule, SlimmingModule
 
 DRAWN = 4  # test images
@@ -29,12 +29,15 @@ class Task:
         name: value of the option `task`.
         metrics: what an evaluation logs beside the loss, `test/<metric>`, in [0, 1].
         told: facts of the data that a model factory is told; and if it wants to know, `asked_for`.
+        temperature, alpha: of `distill`, where they are not given.
     """
 
     name: str
     metrics: tuple[str, ...]
     told = ("num_classes", "in_channels")
     asked_for: tuple[str, ...] = ()
+    temperature: float
+    alpha: float
 
     @property
     def score(self) -> str:
@@ -59,15 +62,16 @@ class Task:
         """Build the LightningModule that trains and measures a network.
 
         Args:
-            training: as of PenalisedModule, or where there is a teacher of DistillingModule.
+            training: as of PenalisedModule, and where there is a teacher of Taught.
 
         Raises:
             ConfigError: a network of another task.
         """
         raise NotImplementedError
 
-    def check_teacher(self) -> None:
-        """Raise ConfigError if networks of this task cannot learn from a teacher."""
+    def check_teacher(self, path: str, teacher: nn.Module, student: nn.Module, data: ImageData) -> None:
+        """Raise ConfigError unless the network of a file can teach another one on these data."""
+        raise NotImplementedError
 
     def draw(self, networks: dict[str, nn.Module], data: ImageData, out: Path) -> None:
         """Draw into a run folder what networks on the CPU, by name, find in test images, if that can be seen."""
@@ -94,6 +98,7 @@ class Classification(Task):
     """One class per image."""
 
     name, metrics = "classification", ("acc",)
+    temperature, alpha = 4.0, 0.9
 
     def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
         if callable(getattr(model, "detections", None)):
@@ -101,22 +106,36 @@ class Classification(Task):
         kind = DistillingModule if "teacher" in training else SlimmingModule
         return kind(model, num_classes, **training)
 
+    def check_teacher(self, path: str, teacher: nn.Module, student: nn.Module, data: ImageData) -> None:
+        if callable(getattr(teacher, "detections", None)):
+            raise ConfigError(
+                f"distill.teacher={path} is a detector, {type(teacher).__name__}, and this network is a classifier: "
+                "give a classifier of the same classes"
+            )
+        try_model(teacher, example_of(data))
+        classes = teacher(example_of(data).to(dtype_of(teacher))).shape[1]
+        if classes != data.num_classes:
+            raise ConfigError(f"distill.teacher={path} knows {classes} classes, the data have {data.num_classes}")
+
 
 class Detection(Task):
     """Boxes of objects, each of a class."""
 
     name, metrics = "detection", ("map50", "map")
     asked_for = ("image_size",)
+    temperature, alpha = 1.0, 0.5  # teacher and labels alike, chances as they are
 
     def module(self, model: nn.Module, num_classes: int, **training: Any) -> PenalisedModule:
-        return DetectionModule(model, **training)
+        kind = DistillingDetectionModule if "teacher" in training else DetectionModule
+        return kind(model, **training)
 
-    def check_teacher(self) -> None:
-        raise ConfigError("distillation is for task=classification, and this network is a detector: leave distill out")
+    def check_teacher(self, path: str, teacher: nn.Module, student: nn.Module, data: ImageData) -> None:
+        check_same_layout(path, teacher, student)
+        try_model(teacher, example_of(data))
 
     def draw(self, networks: dict[str, nn.Module], data: ImageData, out: Path) -> None:
-        images, targets = next(iter(data.test_dataloader()))
-        images, targets = data.transform(images[:DRAWN]), targets[:DRAWN]
+        images, targets = data.first("test", DRAWN)
+        images = data.transform(images)
         found = {}
         for name, model in networks.items():
             was_training = model.training

@@ -52,13 +52,17 @@ class DetectionModule(PenalisedModule):
     def training_step(self, batch: tuple[Tensor, list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch  # (N, C, H, W), N of them
         _check_targets(targets)
-        parts = self.model.loss(self.model(images), targets, images.shape[-2:])
+        parts = self.parts_of_loss(images, self.model(images), targets)
         loss = torch.stack([*parts.values()]).sum()
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach() * len(targets)
         self.account("train", loss.detach(), len(targets))
         self.watch_loss(loss.detach(), batch_idx)
         return loss
+
+    def parts_of_loss(self, images: Tensor, outputs: Any, targets: list[Target]) -> dict[str, Tensor]:
+        """Return the parts of the loss of a training batch, without the penalty."""
+        return self.model.loss(outputs, targets, images.shape[-2:])
 
     def evaluate(self, split: str, batch: tuple[Tensor, list[Target]]) -> None:
         images, targets = batch
