@@ -4,14 +4,25 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 
+import slimming
 from slimming import models
+from slimming.deploy import format_named
+from slimming.deploy.capturing import Network
+from slimming.deploy.engines import READS, open_engine
+from slimming.deploy.proving import prove
 from slimming.detection.exported import BoxesOut
 from slimming.errors import ConfigError
-from slimming.models.torchvision_detection import NAMES, TorchvisionDetector, replace_norms
+from slimming.models.torchvision_detection import FAMILIES, TorchvisionDetector, replace_norms
+from slimming.records import Record
+from slimming.training.distillation import check_same_layout
 
+NAMES = (*FAMILIES,)
+TAUGHT = [name for name in NAMES if FAMILIES[name].distilled]
+IN_HEADS = {"fcos_resnet50_fpn": 8, "retinanet_resnet50_fpn_v2": 8, "ssdlite320_mobilenet_v3_large": 12}  # BatchNorms
 SMALL = {"num_classes": 3, "image_size": 64}
+NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +45,7 @@ def test_every_norm_is_a_batchnorm_with_a_trainable_scale(name):
     assert norms and all(isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad for m in norms)
     assert all((m.weight == 0.5).all() for m in norms)
     towers = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and ".head." in n]
-    assert len(towers) == (0 if name == "retinanet_resnet50_fpn" else 8)
+    assert len(towers) == IN_HEADS.get(name, 0)
 
 
 def test_frozen_ones_keep_their_values():
@@ -56,13 +67,14 @@ def test_losses_and_detections_are_torchvisions_own(name, size):
     torch.manual_seed(0)
     model = models.build("torchvision_detection", name=name, **SMALL)
     images = torch.randn(2, 3, *size)
-    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50], [30, 30, 60, 60]]), "labels": torch.tensor([1, 0])}]
-    targets.append({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)})
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50], [30, 30, 60, 60]]), "labels": torch.tensor([1, 0])}, NOTHING]
+    background = int(name.startswith("ssd"))  # counts as a class
+    theirs = [target | {"labels": target["labels"] + background} for target in targets]
     net = model.net
     net.transform.normalize = lambda image: image
     net.transform.resize = lambda image, target=None: (image, target)
     net.transform.size_divisible = 1
-    expected = net.train()([*images], targets)
+    expected = net.train()([*images], theirs)
     found = model.loss(model(images), targets, size)
     assert found.keys() == expected.keys()
     for key in found:
@@ -70,8 +82,64 @@ def test_losses_and_detections_are_torchvisions_own(name, size):
     model.eval()
     for ours, theirs in zip(model.detections(model(images), size), net([*images]), strict=True):
         assert len(ours["boxes"]) > 0
+        theirs["labels"] -= background
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perfect_outputs_are_decoded_to_the_target_and_cost_less_than_others(name):
+    model, size = models.build("torchvision_detection", name=name, **SMALL), (64, 64)
+    box = torch.tensor([6.0, 8, 44, 40])
+    outputs = {key: torch.zeros_like(value) for key, value in model(torch.zeros(2, 3, *size)).items()}
+    (anchors,) = model._anchors(outputs, 1, size)
+    in_fcos = torch.tensor([21.0, 20, 29, 28])  # the finest cell in the middle of an object is to find it
+    best = int(box_iou((in_fcos if "bbox_ctrness" in outputs else box)[None], anchors).argmax())
+    outputs["bbox_regression"][0, best] = encoded(model.net.box_coder, box[None], anchors[best : best + 1])
+    outputs["cls_logits"].fill_(-20)
+    outputs["cls_logits"][0, best, -1] = 20  # the last class
+    if name.startswith("ssd"):
+        outputs["cls_logits"][..., 0] = 0
+    if "bbox_ctrness" in outputs:
+        outputs["bbox_ctrness"].fill_(20)
+    found, other = model.detections(outputs, size)
+    assert found["labels"].tolist() == [2] and found["scores"].item() > 0.99 and not len(other["boxes"])
+    torch.testing.assert_close(found["boxes"][0], box, rtol=1e-4, atol=1e-3)
+    boxes, scores = model.decoded(outputs, size)
+    torch.testing.assert_close(boxes[0, best], box, rtol=1e-4, atol=1e-3)
+    assert scores[0].flatten().argmax() == best * 3 + 2
+    targets = [[{"boxes": box[None], "labels": torch.tensor([label])}, NOTHING] for label in (2, 1)]
+    right, wrong = (model.loss(outputs, own, size)["classification"] for own in targets)
+    assert right < wrong
+
+
+def encoded(coder, boxes, anchors):
+    """Return the regression (n, 4) that a coder decodes to boxes."""
+    if hasattr(coder, "encode_single"):
+        return coder.encode_single(boxes, anchors)
+    return coder.encode(anchors, boxes)  # FCOS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_objects_gives_every_parameter_a_gradient(name):
+    """Which several processes wait for."""
+    model = models.build("torchvision_detection", name=name, **SMALL)
+    parts = model.loss(model(torch.randn(2, 3, 64, 64)), [NOTHING, NOTHING], (64, 64))
+    sum(parts.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 33, 100, 320])
+def test_ssdlite_takes_images_of_any_size(size):
+    name = "ssdlite320_mobilenet_v3_large"
+    model = models.build("torchvision_detection", name=name, num_classes=3, image_size=size).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        outputs = model(images)
+        boxes, scores = model.decoded(outputs, (size, size))
+    assert boxes.shape[:2] == scores.shape[:2] == outputs["cls_logits"].shape[:2] and scores.shape[2] == 3
+    (anchors,) = model._anchors(outputs, 1, (size, size))
+    assert len(anchors) == boxes.shape[1] and (anchors >= -size).all() and (anchors <= 2 * size).all()
 
 
 def test_another_number_of_colours():
@@ -93,13 +161,27 @@ def test_weights_come_from_a_file(tmp_path):
     assert spec["arguments"]["weights"] is None  # a checkpoint does not need them again
 
 
+def test_weights_of_cocos_90_classes_fit_ssdlite_whole(tmp_path):
+    """torchvision counts the background among its 91, as these heads do."""
+    name = "ssdlite320_mobilenet_v3_large"
+    theirs = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    ours = models.build("torchvision_detection", name=name, num_classes=90, weights=str(tmp_path / "weights.pt"))
+    own, given = ours.net.state_dict(), theirs.state_dict()
+    assert own.keys() == given.keys() and all(torch.equal(own[key], given[key]) for key in own)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "fcos_resnet50"}, "did you mean fcos_resnet50_fpn"),
         (
-            {"name": "ssd300_vgg16"},
+            {"name": "yolo"},
             "is not a one-stage detector of torchvision with BatchNorm; there are fcos_resnet50_fpn",
+        ),
+        (
+            {"name": "ssd300_vgg16"},
+            "model.name=ssd300_vgg16 is not served: it has no BatchNorm whose scales could be penalised; there are fcos_",
         ),
         ({"name": NAMES[0], "num_classes": 0}, "num_classes .* got 0"),
         ({"name": NAMES[0], "weights": "DEFAULT"}, "model.weights=DEFAULT is not a file"),
@@ -123,13 +205,13 @@ def test_a_detector_is_what_the_tasks_ask_for():
     assert all(callable(getattr(TorchvisionDetector, name)) for name in ("loss", "detections"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.slow)])
 def test_what_is_decoded_for_other_engines_is_what_is_detected_from(name):
     torch.manual_seed(0)
     model = models.build("torchvision_detection", name=name, **SMALL).eval()
     images = torch.randn(3, 3, 64, 64)
     with torch.inference_mode():
-        outputs = model(images)
+        outputs = {key: torch.randn_like(value) for key, value in model(images).items()}
         boxes, scores = model.decoded(outputs, (64, 64))
         found = model.detections(outputs, (64, 64))
     for own, box, score in zip(found, boxes, scores, strict=True):
@@ -139,7 +221,21 @@ def test_what_is_decoded_for_other_engines_is_what_is_detected_from(name):
     program = torch.export.export(
         BoxesOut(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
-    torch.testing.assert_close(program.module()(images[:2]), torch.cat((boxes / 64, scores), -1)[:2])
+    torch.testing.assert_close(program.module()(images[:2]), BoxesOut(model)(images[:2]))
+
+
+@pytest.mark.complete
+def test_ssdlite_as_onnx(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = models.build("torchvision_detection", name="ssdlite320_mobilenet_v3_large", num_classes=3, image_size=96)
+    images = torch.randn(5, 3, 96, 96)
+    model = slimming.calibrate(model, [images])
+    graph = slimming.trace(model, images[:1])
+    thin = BoxesOut(slimming.prune(model, graph.plan(slimming.GlobalRatio(0.5), ties="apart", score="random"))).eval()
+    format_named("onnx").write(Network(thin, (3, 96, 96), Record(None)), tmp_path / "model.onnx")
+    batches = [(images[:n], None) for n in (1, 5)]
+    assert prove(open_engine(tmp_path / "model.onnx", READS[".onnx"][0]), thin, batches).relative < 1e-5
 
 
 def raw_of_two(name):
@@ -156,7 +252,7 @@ def raw_of_two(name):
     return student, {key: value.clone().requires_grad_() for key, value in outputs.items()}, others
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TAUGHT)
 def test_nothing_is_learned_from_a_teacher_that_says_the_same(name):
     student, outputs, _ = raw_of_two(name)
     parts = student.distilled(outputs, {key: value.detach() for key, value in outputs.items()}, (64, 64), 4.0)
@@ -167,7 +263,7 @@ def test_nothing_is_learned_from_a_teacher_that_says_the_same(name):
     assert all(value.grad.abs().max() < 1e-6 for value in outputs.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TAUGHT)
 def test_the_teachers_background_teaches_that_it_is_background_alone(name):
     """One prediction has an object; elsewhere the teacher is sure that there is none: only the likeliest class learns it."""
     student, outputs, others = raw_of_two(name)
@@ -188,7 +284,14 @@ def test_the_teachers_background_teaches_that_it_is_background_alone(name):
 
 
 def test_what_they_say_means_the_same_where_kind_and_classes_are_the_same():
-    layouts = [models.build("torchvision_detection", name=name, **SMALL).layout() for name in NAMES]
+    layouts = [models.build("torchvision_detection", name=name, **SMALL).layout() for name in TAUGHT]
     assert layouts[0] != layouts[1] == layouts[2]
-    other = models.build("torchvision_detection", name=NAMES[1], num_classes=4, image_size=96).layout()
+    other = models.build("torchvision_detection", name=TAUGHT[1], num_classes=4, image_size=96).layout()
     assert other == layouts[1] | {"classes": 4}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TAUGHT])
+def test_others_do_not_teach(name):
+    model = models.build("torchvision_detection", name=name, **SMALL)
+    with pytest.raises(ConfigError, match="is not a detector that learns from a teacher"):
+        check_same_layout("teacher.ckpt", model, model)

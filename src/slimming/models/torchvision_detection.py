@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d, generalized_box_iou_loss
+from torchvision.ops import FrozenBatchNorm2d, box_iou, generalized_box_iou_loss
 
 from slimming.detection.choosing import LOWEST, Detections
 from slimming.detection.distillation import divergence
@@ -15,8 +15,9 @@ from slimming.errors import ConfigError, check_number
 from slimming.models.init import check_io_shape, set_gammas
 from slimming.models.zoo import fit_stem
 
-NAMES = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
-STRIDES = (8, 16, 32, 64, 128)  # of the feature maps that their heads read
+WITHOUT = {
+    "ssd300_vgg16": "it has no BatchNorm whose scales could be penalised"
+}  # detectors of torchvision, and why not
 
 
 class TorchvisionDetector(nn.Module):
@@ -24,13 +25,18 @@ class TorchvisionDetector(nn.Module):
 
     Its own forward normalises and resizes lists of images, and in train mode gives losses. Here images come as the data
     module made them, all of one size, and losses and detections are made of the raw outputs by torchvision's own code.
+    This class does so for RetinaNet.
 
-    Shape: (N, C, H, W) -> {cls_logits (N, P, num_classes), bbox_regression (N, P, 4), of FCOS bbox_ctrness (N, P, 1)}, P
-    predictions on five grids of strides 8 to 128.
+    Shape: (N, C, H, W) -> {cls_logits (N, P, classes), bbox_regression (N, P, 4)}, P predictions on grids of all strides.
 
     Args:
-        net: an FCOS or a RetinaNet of torchvision.
+        net: a network of torchvision.
+
+    Attributes:
+        strides: pixels per cell of the feature maps that its heads read.
     """
+
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -45,9 +51,7 @@ class TorchvisionDetector(nn.Module):
         """Return the parts of torchvision's training loss: classification, bbox_regression, of FCOS bbox_ctrness."""
         outputs = {key: value.float() for key, value in outputs.items()}
         targets = [{"boxes": t["boxes"].to(outputs["bbox_regression"]), "labels": t["labels"]} for t in targets]
-        anchors, counts = self._anchors(outputs, len(targets), size)
-        levels = {"num_anchors_per_level": counts} if "bbox_ctrness" in outputs else {}
-        return self.net.compute_loss(targets, outputs, anchors, **levels)
+        return self._loss(outputs, targets, self._anchors(outputs, len(targets), size), size)
 
     def layout(self) -> dict[str, Any]:
         """Return what the raw outputs of two networks have in common where they mean the same."""
@@ -90,32 +94,103 @@ class TorchvisionDetector(nn.Module):
 
     def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1], as torchvision scores them."""
-        deltas, scores = outputs["bbox_regression"].float(), outputs["cls_logits"].float().sigmoid()
-        anchors = self._anchors(outputs, 1, size)[0][0]  # (P, 4)
-        coder = self.net.box_coder
-        if "bbox_ctrness" in outputs:
-            return coder.decode(deltas, anchors[None]), (scores * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
-        flat = coder.decode_single(deltas.flatten(0, 1), anchors.expand_as(deltas).flatten(0, 1))
-        return flat.view(deltas.shape), scores
+        outputs = {key: value.float() for key, value in outputs.items()}
+        deltas = outputs["bbox_regression"]
+        anchors = self._anchors(outputs, 1, size)[0].expand_as(deltas)
+        boxes = self.net.box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
+        return boxes.view(deltas.shape), self._scores(outputs)
 
     def detections(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> list[Detections]:
         """Return what was found in every image, after torchvision's non-maximum suppression."""
-        n = len(outputs["cls_logits"])
-        anchors, counts = self._anchors(outputs, n, size)
-        levels = {key: [*value.float().split(counts, 1)] for key, value in outputs.items()}
-        return self.net.postprocess_detections(levels, [[*a.split(counts)] for a in anchors], [tuple(size)] * n)
+        outputs = {key: value.float() for key, value in outputs.items()}
+        return self._detections(outputs, self._anchors(outputs, len(outputs["cls_logits"]), size), size)
 
-    def _anchors(self, outputs: dict[str, Tensor], n: int, size: tuple[int, int]) -> tuple[list[Tensor], list[int]]:
-        """Return the anchors (P, 4) of each of n images, and how many there are on every grid."""
+    def _loss(
+        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        return self.net.compute_loss(targets, outputs, anchors)
+
+    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        return outputs["cls_logits"].sigmoid()
+
+    def _detections(self, outputs: dict[str, Tensor], anchors: list[Tensor], size: tuple[int, int]) -> list[Detections]:
+        counts = self._counts(size)
+        levels = {key: [*value.split(counts, 1)] for key, value in outputs.items()}
+        return self.net.postprocess_detections(
+            levels, [[*a.split(counts)] for a in anchors], [tuple(size)] * len(anchors)
+        )
+
+    def _grids(self, size: tuple[int, int]) -> list[tuple[int, ...]]:
+        """Return the rows and columns of every feature map."""
+        return [tuple(math.ceil(side / stride) for side in size) for stride in self.strides]
+
+    def _counts(self, size: tuple[int, int]) -> list[int]:
+        """Return how many predictions there are on every grid."""
+        per_cell = self.net.anchor_generator.num_anchors_per_location()
+        return [count * math.prod(grid) for count, grid in zip(per_cell, self._grids(size), strict=True)]
+
+    def _anchors(self, outputs: dict[str, Tensor], n: int, size: tuple[int, int]) -> list[Tensor]:
+        """Return the anchors (P, 4) of each of n images."""
         from torchvision.models.detection.image_list import ImageList
 
         like = outputs["cls_logits"]
-        grids = [tuple(math.ceil(side / stride) for side in size) for stride in STRIDES]
-        maps = [like.new_empty(1, 1, *grid, dtype=torch.float32) for grid in grids]
+        maps = [like.new_empty(1, 1, *grid) for grid in self._grids(size)]
         images = ImageList(like.new_empty(1, 1, 1, 1).expand(n, 1, *size), [tuple(size)] * n)
-        per_cell = self.net.anchor_generator.num_anchors_per_location()
-        counts = [count * math.prod(grid) for count, grid in zip(per_cell, grids, strict=True)]
-        return self.net.anchor_generator(images, maps), counts
+        return self.net.anchor_generator(images, maps)
+
+
+class Fcos(TorchvisionDetector):
+    """FCOS, which also says how central a cell is in its object: bbox_ctrness (N, P, 1)."""
+
+    def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        outputs = {key: value.float() for key, value in outputs.items()}
+        anchors = self._anchors(outputs, 1, size)[0]
+        return self.net.box_coder.decode(outputs["bbox_regression"], anchors[None]), self._scores(outputs)
+
+    def _loss(
+        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        return self.net.compute_loss(targets, outputs, anchors, self._counts(size))
+
+    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
+
+
+class Ssd(TorchvisionDetector):
+    """SSD: one of the classes is the background, its class 0; the others follow in their order.
+
+    Its default boxes are shares of the image, whatever its size.
+    """
+
+    strides = (16, 32, 64, 128, 256, 512)
+    distilled = layout = None  # its classes exclude each other, and what teaches them is made for those that do not
+
+    def _loss(
+        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        targets = [target | {"labels": target["labels"] + 1} for target in targets]
+        return self.net.compute_loss(targets, outputs, anchors, [*map(self._matched, targets, anchors)])
+
+    def _matched(self, target: Detections, anchors: Tensor) -> Tensor:
+        """Return the number of the object that each anchor (P, 4) is to find; -1 where it is to find none."""
+        if not len(target["boxes"]):
+            return anchors.new_full((len(anchors),), -1, dtype=torch.long)
+        return self.net.proposal_matcher(box_iou(target["boxes"], anchors))
+
+    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        return outputs["cls_logits"].softmax(-1)[..., 1:]
+
+    def _detections(self, outputs: dict[str, Tensor], anchors: list[Tensor], size: tuple[int, int]) -> list[Detections]:
+        found = self.net.postprocess_detections(outputs, anchors, [tuple(size)] * len(anchors))
+        return [own | {"labels": own["labels"] - 1} for own in found]
+
+
+FAMILIES = {
+    "fcos_resnet50_fpn": Fcos,
+    "retinanet_resnet50_fpn": TorchvisionDetector,
+    "retinanet_resnet50_fpn_v2": TorchvisionDetector,
+    "ssdlite320_mobilenet_v3_large": Ssd,
+}
 
 
 def torchvision_detection(
@@ -132,7 +207,7 @@ def torchvision_detection(
     pyramid: no BatchNorm writes its channels.
 
     Args:
-        name: fcos_resnet50_fpn, retinanet_resnet50_fpn or retinanet_resnet50_fpn_v2.
+        name: fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2 or ssdlite320_mobilenet_v3_large.
         weights: None, or the path of torchvision's state dict for it; entries of another shape (the layers that depend on the
             number of classes) or of norms that were replaced stay fresh. Nothing is downloaded.
         image_size: of the images, in pixels.
@@ -141,23 +216,37 @@ def torchvision_detection(
     Raises:
         ConfigError: an unknown name, or weights that are not of it.
     """
-    from torchvision.models import detection
-
     check_io_shape(num_classes, in_channels)
     check_number("data.image_size", image_size, 1, whole=True)
-    if name not in NAMES:
-        near = difflib.get_close_matches(str(name), NAMES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
-        raise ConfigError(f"model.name={name!r} is not a one-stage detector of torchvision with BatchNorm; {hint}")
-    sizes = {"min_size": image_size, "max_size": image_size}
-    net = getattr(detection, name)(
-        weights=None, weights_backbone=None, num_classes=num_classes, score_thresh=LOWEST, **sizes
-    )
+    _check_name(name)
+    net = _build(name, num_classes, image_size)
     replace_norms(net)
     if weights is not None:
         _fill(net, name, weights)
     fit_stem(net, in_channels)
-    return TorchvisionDetector(set_gammas(net, gamma_init))
+    return FAMILIES[name](set_gammas(net, gamma_init))
+
+
+def _check_name(name: str) -> None:
+    if name in FAMILIES:
+        return
+    near = difflib.get_close_matches(str(name), FAMILIES, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FAMILIES)}"
+    if name in WITHOUT:
+        raise ConfigError(f"model.name={name} is not served: {WITHOUT[name]}; {hint}")
+    raise ConfigError(f"model.name={name!r} is not a one-stage detector of torchvision with BatchNorm; {hint}")
+
+
+def _build(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """Build torchvision's own network."""
+    from torchvision.models import detection
+
+    sizes = {"min_size": image_size, "max_size": image_size}
+    if FAMILIES[name] is Ssd:
+        num_classes, sizes = num_classes + 1, {}  # the background; images of any size fit
+    return getattr(detection, name)(
+        weights=None, weights_backbone=None, num_classes=num_classes, score_thresh=LOWEST, **sizes
+    )
 
 
 def replace_norms(model: nn.Module) -> None:

@@ -76,7 +76,7 @@ def check_same_layout(path: str, teacher: nn.Module, student: nn.Module) -> None
             raise ConfigError(
                 f"{whose}, {type(network).__name__}, is not a detector that learns from a teacher or teaches: it has no "
                 "methods distilled(outputs, teacher, size, temperature) and layout(); give a teacher of "
-                "model=yolov3, yolov3_tiny or torchvision_detection, or leave distill.teacher out"
+                "model=yolov3 or yolov3_tiny, FCOS or RetinaNet of torchvision_detection, or leave distill.teacher out"
             )
     theirs, ours = teacher.layout(), student.layout()
     for key in [*ours, *(theirs.keys() - ours.keys())]:
