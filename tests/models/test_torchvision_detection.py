@@ -1,5 +1,7 @@
 """torchvision's detectors by name: their norms, raw outputs, losses and detections; and what is said of bad input."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -15,26 +17,46 @@ from slimming.deploy.proving import prove
 from slimming.detection.exported import BoxesOut
 from slimming.errors import ConfigError
 from slimming.models.torchvision_detection import FAMILIES, TorchvisionDetector, replace_norms
+from slimming.models.torchvision_two_stage import FasterRcnn
 from slimming.records import Record
 from slimming.training.distillation import check_same_layout
 
-NAMES = (*FAMILIES,)
+TWO_STAGE = tuple(name for name, family in FAMILIES.items() if issubclass(family, FasterRcnn))
+ONE_STAGE = tuple(name for name in FAMILIES if name not in TWO_STAGE)
+NAMES = (*ONE_STAGE, *TWO_STAGE)
 TAUGHT = [name for name in NAMES if FAMILIES[name].distilled]
+LOSSES = {"loss_objectness": "objectness", "loss_rpn_box_reg": "proposals"}  # torchvision's words -> ours
+LOSSES |= {"loss_classifier": "classification", "loss_box_reg": "bbox_regression"}
 IN_HEADS = {"fcos_resnet50_fpn": 8, "retinanet_resnet50_fpn_v2": 8, "ssdlite320_mobilenet_v3_large": 12}  # BatchNorms
 SMALL = {"num_classes": 3, "image_size": 64}
 NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+
+
+def build(name, proposals=20, sampled=10**6):
+    """Return a network; a two-stage one with few proposals, all of which are taken unless fewer are sampled."""
+    model = models.build("torchvision_detection", name=name, **SMALL)
+    if name in TWO_STAGE:
+        rpn, heads = model.net.rpn, model.net.roi_heads
+        rpn._pre_nms_top_n = rpn._post_nms_top_n = {"training": proposals, "testing": proposals}
+        rpn.fg_bg_sampler.batch_size_per_image = heads.fg_bg_sampler.batch_size_per_image = sampled
+    return model
+
+
+def call(model, images, targets):
+    """Call a network as its training does."""
+    return model(images, targets) if isinstance(model, FasterRcnn) else model(images)
 
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
     """ResNets of one narrow block per stage: the same code in a moment."""
     from torchvision.models import resnet
-    from torchvision.models.detection import fcos, retinanet
+    from torchvision.models.detection import faster_rcnn, fcos, retinanet
 
     def small(*, norm_layer=nn.BatchNorm2d, **_):
         return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], norm_layer=norm_layer)
 
-    for module in (fcos, retinanet):
+    for module in (fcos, retinanet, faster_rcnn):
         monkeypatch.setattr(module, "resnet50", small)
 
 
@@ -65,17 +87,17 @@ def test_frozen_ones_keep_their_values():
 def test_losses_and_detections_are_torchvisions_own(name, size):
     """The same as its forward, told not to normalise or resize, at a size that no stride divides as well."""
     torch.manual_seed(0)
-    model = models.build("torchvision_detection", name=name, **SMALL)
+    model = build(name)
     images = torch.randn(2, 3, *size)
     targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50], [30, 30, 60, 60]]), "labels": torch.tensor([1, 0])}, NOTHING]
-    background = int(name.startswith("ssd"))  # counts as a class
+    background = int(not name.startswith(("fcos", "retinanet")))  # counts as a class
     theirs = [target | {"labels": target["labels"] + background} for target in targets]
     net = model.net
     net.transform.normalize = lambda image: image
     net.transform.resize = lambda image, target=None: (image, target)
     net.transform.size_divisible = 1
-    expected = net.train()([*images], theirs)
-    found = model.loss(model(images), targets, size)
+    expected = {LOSSES.get(key, key): value for key, value in net.train()([*images], theirs).items()}
+    found = model.loss(call(model, images, targets), targets, size)
     assert found.keys() == expected.keys()
     for key in found:
         torch.testing.assert_close(found[key], expected[key])
@@ -87,12 +109,12 @@ def test_losses_and_detections_are_torchvisions_own(name, size):
             torch.testing.assert_close(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_STAGE)
 def test_perfect_outputs_are_decoded_to_the_target_and_cost_less_than_others(name):
     model, size = models.build("torchvision_detection", name=name, **SMALL), (64, 64)
     box = torch.tensor([6.0, 8, 44, 40])
     outputs = {key: torch.zeros_like(value) for key, value in model(torch.zeros(2, 3, *size)).items()}
-    (anchors,) = model._anchors(outputs, 1, size)
+    (anchors,) = model._anchors(outputs["cls_logits"], 1, size)
     in_fcos = torch.tensor([21.0, 20, 29, 28])  # the finest cell in the middle of an object is to find it
     best = int(box_iou((in_fcos if "bbox_ctrness" in outputs else box)[None], anchors).argmax())
     outputs["bbox_regression"][0, best] = encoded(model.net.box_coder, box[None], anchors[best : best + 1])
@@ -123,10 +145,59 @@ def encoded(coder, boxes, anchors):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_without_objects_gives_every_parameter_a_gradient(name):
     """Which several processes wait for."""
-    model = models.build("torchvision_detection", name=name, **SMALL)
-    parts = model.loss(model(torch.randn(2, 3, 64, 64)), [NOTHING, NOTHING], (64, 64))
+    model, targets = build(name), [NOTHING, NOTHING]
+    parts = model.loss(call(model, torch.randn(2, 3, 64, 64), targets), targets, (64, 64))
     sum(parts.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_perfect_outputs_of_a_second_stage_are_the_target():
+    model, size, box = build(TWO_STAGE[0]), (64, 64), torch.tensor([[6.0, 8, 44, 40]])
+    outputs = model.eval()(torch.zeros(2, 3, *size))
+    proposals = [torch.tensor([[0.0, 0, 30, 30], [8.0, 10, 50, 44]]), torch.tensor([[0.0, 0, 50, 50]])]
+    logits, boxes = torch.zeros(3, 4), torch.zeros(3, 16)
+    logits[:, 0] = 20  # nothing but the background
+    logits[1] = torch.tensor([0.0, 0, 0, 20])  # the last class
+    (boxes[1, 12:],) = model.net.roi_heads.box_coder.encode([box], [proposals[0][1:]])[0]
+    outputs |= {"proposals": proposals, "class_logits": logits, "box_regression": boxes}
+    found, other = model.detections(outputs, size)
+    assert found["labels"].tolist() == [2] and found["scores"].item() > 0.99 and not len(other["boxes"])
+    torch.testing.assert_close(found["boxes"], box, rtol=1e-4, atol=1e-3)
+    targets = [{"boxes": box, "labels": torch.tensor([2])}, NOTHING]
+    parts = model.loss(outputs, targets, size)
+    assert parts["classification"] < 1e-3 and parts["bbox_regression"] < 1e-3
+    targets[0]["labels"] -= 1
+    assert model.loss(outputs, targets, size)["classification"] > 1
+
+
+def test_a_second_stage_trains_on_a_sample_that_holds_the_objects():
+    torch.manual_seed(0)
+    model, images, box = (
+        build(TWO_STAGE[3], proposals=60, sampled=12),
+        torch.randn(2, 3, 64, 64),
+        torch.tensor([[9.0, 9, 41, 40]]),
+    )
+    targets = [{"boxes": box, "labels": torch.tensor([1])}, NOTHING]
+    outputs = model(images, targets)
+    assert [len(own) for own in outputs["proposals"]] == [12, 12] and len(outputs["class_logits"]) == 24
+    assert (outputs["proposals"][0] == box).all(1).any()
+    calls = []
+    model.net.roi_heads.subsample = lambda labels: (
+        calls.append(own := type(model.net.roi_heads).subsample(model.net.roi_heads, labels)) or own
+    )
+    model.loss(outputs, targets, (64, 64))
+    assert [own.tolist() for own in calls[0]] == [[*range(12)]] * 2  # sampled already
+    assert [len(own) for own in model(images)["proposals"]] == [12, 12]  # no targets: as many
+    outputs = model.eval()(images)
+    assert min(len(own) for own in outputs["proposals"]) > 12
+    assert all(part.isfinite() for part in model.loss(outputs, targets, (64, 64)).values())
+
+
+def test_a_two_stage_detector_is_not_exported():
+    with pytest.raises(
+        ConfigError, match="FasterRcnn is not exported, as how many boxes it has depends on the images; yolov3"
+    ):
+        BoxesOut(build(TWO_STAGE[0]))
 
 
 @pytest.mark.parametrize("size", [1, 33, 100, 320])
@@ -138,7 +209,7 @@ def test_ssdlite_takes_images_of_any_size(size):
         outputs = model(images)
         boxes, scores = model.decoded(outputs, (size, size))
     assert boxes.shape[:2] == scores.shape[:2] == outputs["cls_logits"].shape[:2] and scores.shape[2] == 3
-    (anchors,) = model._anchors(outputs, 1, (size, size))
+    (anchors,) = model._anchors(boxes, 1, (size, size))
     assert len(anchors) == boxes.shape[1] and (anchors >= -size).all() and (anchors <= 2 * size).all()
 
 
@@ -161,14 +232,17 @@ def test_weights_come_from_a_file(tmp_path):
     assert spec["arguments"]["weights"] is None  # a checkpoint does not need them again
 
 
-def test_weights_of_cocos_90_classes_fit_ssdlite_whole(tmp_path):
-    """torchvision counts the background among its 91, as these heads do."""
-    name = "ssdlite320_mobilenet_v3_large"
-    theirs = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
-    ours = models.build("torchvision_detection", name=name, num_classes=90, weights=str(tmp_path / "weights.pt"))
-    own, given = ours.net.state_dict(), theirs.state_dict()
-    assert own.keys() == given.keys() and all(torch.equal(own[key], given[key]) for key in own)
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_resnet50_fpn"])
+def test_weights_of_cocos_90_classes_fit_whole(name, tmp_path):
+    """torchvision counts the background among its 91, as these heads do. Its older files name some layers otherwise."""
+    theirs = getattr(detection, name)(weights=None, weights_backbone=None)
+    older = {re.sub(r"(_blocks\.\d|rpn\.head\.conv)(\.0)+", r"\1", k): v for k, v in theirs.state_dict().items()}
+    assert (older.keys() != theirs.state_dict().keys()) == (name in TWO_STAGE)
+    for number, given in enumerate((theirs.state_dict(), older)):
+        path = tmp_path / f"{number}.pt"
+        torch.save(given, path)
+        ours = models.build("torchvision_detection", name=name, num_classes=90, weights=str(path)).net.state_dict()
+        assert all(torch.equal(ours[key], value) for key, value in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +251,7 @@ def test_weights_of_cocos_90_classes_fit_ssdlite_whole(tmp_path):
         ({"name": "fcos_resnet50"}, "did you mean fcos_resnet50_fpn"),
         (
             {"name": "yolo"},
-            "is not a one-stage detector of torchvision with BatchNorm; there are fcos_resnet50_fpn",
+            "is not a detector of torchvision that is served; there are fcos_resnet50_fpn",
         ),
         (
             {"name": "ssd300_vgg16"},
@@ -205,7 +279,7 @@ def test_a_detector_is_what_the_tasks_ask_for():
     assert all(callable(getattr(TorchvisionDetector, name)) for name in ("loss", "detections"))
 
 
-@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*ONE_STAGE[:-1], pytest.param(ONE_STAGE[-1], marks=pytest.mark.slow)])
 def test_what_is_decoded_for_other_engines_is_what_is_detected_from(name):
     torch.manual_seed(0)
     model = models.build("torchvision_detection", name=name, **SMALL).eval()

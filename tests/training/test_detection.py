@@ -64,6 +64,30 @@ def test_without_the_metrics_package_the_extra_is_named(monkeypatch):
         DetectionModule(small_detector(), torch.optim.SGD)
 
 
+class Asking(torch.nn.Module):
+    """A detector that trains on targets, and notes what it is given."""
+
+    trains_on_targets = True
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = small_detector(), []
+        self.loss, self.detections = self.net.loss, self.net.detections
+
+    def forward(self, images, targets=None):
+        self.seen.append((self.training, targets))
+        return self.net(images)
+
+
+def test_a_network_that_asks_for_targets_gets_them_in_trainings_alone():
+    module = DetectionModule(Asking(), lambda p: torch.optim.SGD(p, 1e-3))
+    make_trainer().fit(module, datamodule=Squares(batch_size=6, val=6))
+    seen = [targets for training, targets in module.model.seen if training]
+    assert [len(targets) for targets in seen] == [6] * 4 and seen[0][0].keys() == {"boxes", "labels"}
+    others = [targets for training, targets in module.model.seen if not training]
+    assert others and not any(others)
+
+
 def test_a_classifier_is_refused():
     with pytest.raises(ConfigError, match="trains a detector, and VGG has no methods loss"):
         DetectionModule(models.vgg(depth=11, width=0.1), torch.optim.SGD)

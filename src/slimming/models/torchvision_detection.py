@@ -1,196 +1,29 @@
-"""torchvision's one-stage detectors, every norm a BatchNorm whose scales can be penalised."""
+"""torchvision's detectors by name, every norm a BatchNorm whose scales can be penalised."""
 
 import difflib
-import math
 import pathlib
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d, box_iou, generalized_box_iou_loss
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from slimming.detection.choosing import LOWEST, Detections
-from slimming.detection.distillation import divergence
 from slimming.errors import ConfigError, check_number
 from slimming.models.init import check_io_shape, set_gammas
+from slimming.models.torchvision_one_stage import Fcos, Ssd, TorchvisionDetector
+from slimming.models.torchvision_two_stage import FasterRcnn, MobileFasterRcnn
 from slimming.models.zoo import fit_stem
-
-WITHOUT = {
-    "ssd300_vgg16": "it has no BatchNorm whose scales could be penalised"
-}  # detectors of torchvision, and why not
-
-
-class TorchvisionDetector(nn.Module):
-    """A detector of torchvision whose forward gives what its heads say, before anything is decoded.
-
-    Its own forward normalises and resizes lists of images, and in train mode gives losses. Here images come as the data
-    module made them, all of one size, and losses and detections are made of the raw outputs by torchvision's own code.
-    This class does so for RetinaNet.
-
-    Shape: (N, C, H, W) -> {cls_logits (N, P, classes), bbox_regression (N, P, 4)}, P predictions on grids of all strides.
-
-    Args:
-        net: a network of torchvision.
-
-    Attributes:
-        strides: pixels per cell of the feature maps that its heads read.
-    """
-
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self.net.head([*self.net.backbone(x).values()])
-
-    def loss(
-        self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Return the parts of torchvision's training loss: classification, bbox_regression, of FCOS bbox_ctrness."""
-        outputs = {key: value.float() for key, value in outputs.items()}
-        targets = [{"boxes": t["boxes"].to(outputs["bbox_regression"]), "labels": t["labels"]} for t in targets]
-        return self._loss(outputs, targets, self._anchors(outputs, len(targets), size), size)
-
-    def layout(self) -> dict[str, Any]:
-        """Return what the raw outputs of two networks have in common where they mean the same."""
-        anchors = self.net.anchor_generator
-        return {
-            "network": type(self.net).__name__,
-            "classes": self.net.head.classification_head.num_classes,
-            "anchors": (anchors.sizes, anchors.aspect_ratios),
-        }
-
-    def distilled(
-        self, outputs: dict[str, Tensor], teacher: dict[str, Tensor], size: tuple[int, int], temperature: float
-    ) -> dict[str, Tensor]:
-        """Return the parts of the loss against the raw outputs of another network.
-
-        As slimming.detection.distillation has it: what is likeliest in a place says how sure a network is that there is an
-        object (`objectness`, matched everywhere), and the teacher weighs the rest by it: the classes, the boxes by
-        generalised IoU, of FCOS the centre-ness. All are divided by the sum of these weights, but at least 1, as the
-        training loss is by the number of predictions that have an object.
-
-        Source: Yang et al., Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection,
-        arXiv:2308.14286, for the form of the parts: each class a yes or no of its own, boxes by an IoU.
-
-        Args:
-            temperature: of the classes.
-        """
-        student, other = ({key: value.float() for key, value in raw.items()} for raw in (outputs, teacher))
-        logits = student["cls_logits"], other["cls_logits"]  # (N, P, num_classes)
-        likeliest = [each.amax(-1) for each in logits]  # (N, P)
-        sure = likeliest[1].sigmoid()
-        boxes = [self.decoded(raw, size)[0] for raw in (student, other)]
-        parts = {
-            "classification": sure[..., None] * divergence(*logits, temperature),
-            "objectness": divergence(*likeliest),
-            "bbox_regression": sure * generalized_box_iou_loss(*boxes),
-        }
-        if "bbox_ctrness" in student:
-            parts["bbox_ctrness"] = sure[..., None] * divergence(student["bbox_ctrness"], other["bbox_ctrness"])
-        return {name: part.sum() / sure.sum().clamp(min=1) for name, part in parts.items()}
-
-    def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return all boxes (N, P, 4) in pixels and their scores (N, P, num_classes) in [0, 1], as torchvision scores them."""
-        outputs = {key: value.float() for key, value in outputs.items()}
-        deltas = outputs["bbox_regression"]
-        anchors = self._anchors(outputs, 1, size)[0].expand_as(deltas)
-        boxes = self.net.box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
-        return boxes.view(deltas.shape), self._scores(outputs)
-
-    def detections(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> list[Detections]:
-        """Return what was found in every image, after torchvision's non-maximum suppression."""
-        outputs = {key: value.float() for key, value in outputs.items()}
-        return self._detections(outputs, self._anchors(outputs, len(outputs["cls_logits"]), size), size)
-
-    def _loss(
-        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        return self.net.compute_loss(targets, outputs, anchors)
-
-    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        return outputs["cls_logits"].sigmoid()
-
-    def _detections(self, outputs: dict[str, Tensor], anchors: list[Tensor], size: tuple[int, int]) -> list[Detections]:
-        counts = self._counts(size)
-        levels = {key: [*value.split(counts, 1)] for key, value in outputs.items()}
-        return self.net.postprocess_detections(
-            levels, [[*a.split(counts)] for a in anchors], [tuple(size)] * len(anchors)
-        )
-
-    def _grids(self, size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """Return the rows and columns of every feature map."""
-        return [tuple(math.ceil(side / stride) for side in size) for stride in self.strides]
-
-    def _counts(self, size: tuple[int, int]) -> list[int]:
-        """Return how many predictions there are on every grid."""
-        per_cell = self.net.anchor_generator.num_anchors_per_location()
-        return [count * math.prod(grid) for count, grid in zip(per_cell, self._grids(size), strict=True)]
-
-    def _anchors(self, outputs: dict[str, Tensor], n: int, size: tuple[int, int]) -> list[Tensor]:
-        """Return the anchors (P, 4) of each of n images."""
-        from torchvision.models.detection.image_list import ImageList
-
-        like = outputs["cls_logits"]
-        maps = [like.new_empty(1, 1, *grid) for grid in self._grids(size)]
-        images = ImageList(like.new_empty(1, 1, 1, 1).expand(n, 1, *size), [tuple(size)] * n)
-        return self.net.anchor_generator(images, maps)
-
-
-class Fcos(TorchvisionDetector):
-    """FCOS, which also says how central a cell is in its object: bbox_ctrness (N, P, 1)."""
-
-    def decoded(self, outputs: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        outputs = {key: value.float() for key, value in outputs.items()}
-        anchors = self._anchors(outputs, 1, size)[0]
-        return self.net.box_coder.decode(outputs["bbox_regression"], anchors[None]), self._scores(outputs)
-
-    def _loss(
-        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        return self.net.compute_loss(targets, outputs, anchors, self._counts(size))
-
-    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
-
-
-class Ssd(TorchvisionDetector):
-    """SSD: one of the classes is the background, its class 0; the others follow in their order.
-
-    Its default boxes are shares of the image, whatever its size.
-    """
-
-    strides = (16, 32, 64, 128, 256, 512)
-    distilled = layout = None  # its classes exclude each other, and what teaches them is made for those that do not
-
-    def _loss(
-        self, outputs: dict[str, Tensor], targets: list[Detections], anchors: list[Tensor], size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        targets = [target | {"labels": target["labels"] + 1} for target in targets]
-        return self.net.compute_loss(targets, outputs, anchors, [*map(self._matched, targets, anchors)])
-
-    def _matched(self, target: Detections, anchors: Tensor) -> Tensor:
-        """Return the number of the object that each anchor (P, 4) is to find; -1 where it is to find none."""
-        if not len(target["boxes"]):
-            return anchors.new_full((len(anchors),), -1, dtype=torch.long)
-        return self.net.proposal_matcher(box_iou(target["boxes"], anchors))
-
-    def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        return outputs["cls_logits"].softmax(-1)[..., 1:]
-
-    def _detections(self, outputs: dict[str, Tensor], anchors: list[Tensor], size: tuple[int, int]) -> list[Detections]:
-        found = self.net.postprocess_detections(outputs, anchors, [tuple(size)] * len(anchors))
-        return [own | {"labels": own["labels"] - 1} for own in found]
-
 
 FAMILIES = {
     "fcos_resnet50_fpn": Fcos,
     "retinanet_resnet50_fpn": TorchvisionDetector,
     "retinanet_resnet50_fpn_v2": TorchvisionDetector,
     "ssdlite320_mobilenet_v3_large": Ssd,
+    "fasterrcnn_resnet50_fpn": FasterRcnn,
+    "fasterrcnn_resnet50_fpn_v2": FasterRcnn,
+    "fasterrcnn_mobilenet_v3_large_fpn": MobileFasterRcnn,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": MobileFasterRcnn,
 }
+WITHOUT = {"ssd300_vgg16": "it has no BatchNorm whose scales could be penalised"}  # not served, and why
 
 
 def torchvision_detection(
@@ -201,13 +34,15 @@ def torchvision_detection(
     in_channels: int = 3,
     gamma_init: float | None = None,
 ) -> TorchvisionDetector:
-    """Build a one-stage detector of torchvision; a BatchNorm2d stands wherever it has a frozen one or a GroupNorm.
+    """Build a detector of torchvision; a BatchNorm2d stands wherever it has a frozen one or a GroupNorm.
 
-    GroupNorm normalises over channels, so that none could go without changing the others. What stays whole is the feature
-    pyramid: no BatchNorm writes its channels.
+    GroupNorm normalises over channels, so that none could go without changing the others. What stays whole are the feature
+    pyramids: no BatchNorm writes their channels; of fasterrcnn_resnet50_fpn_v2 their outputs, out of which boxes are cut.
 
     Args:
-        name: fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2 or ssdlite320_mobilenet_v3_large.
+        name: fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, ssdlite320_mobilenet_v3_large,
+            fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, fasterrcnn_mobilenet_v3_large_fpn or
+            fasterrcnn_mobilenet_v3_large_320_fpn.
         weights: None, or the path of torchvision's state dict for it; entries of another shape (the layers that depend on the
             number of classes) or of norms that were replaced stay fresh. Nothing is downloaded.
         image_size: of the images, in pixels.
@@ -234,19 +69,15 @@ def _check_name(name: str) -> None:
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FAMILIES)}"
     if name in WITHOUT:
         raise ConfigError(f"model.name={name} is not served: {WITHOUT[name]}; {hint}")
-    raise ConfigError(f"model.name={name!r} is not a one-stage detector of torchvision with BatchNorm; {hint}")
+    raise ConfigError(f"model.name={name!r} is not a detector of torchvision that is served; {hint}")
 
 
 def _build(name: str, num_classes: int, image_size: int) -> nn.Module:
     """Build torchvision's own network."""
     from torchvision.models import detection
 
-    sizes = {"min_size": image_size, "max_size": image_size}
-    if FAMILIES[name] is Ssd:
-        num_classes, sizes = num_classes + 1, {}  # the background; images of any size fit
-    return getattr(detection, name)(
-        weights=None, weights_backbone=None, num_classes=num_classes, score_thresh=LOWEST, **sizes
-    )
+    told = FAMILIES[name].arguments(num_classes, image_size)
+    return getattr(detection, name)(weights=None, weights_backbone=None, **told)
 
 
 def replace_norms(model: nn.Module) -> None:
@@ -262,14 +93,15 @@ def replace_norms(model: nn.Module) -> None:
 
 
 def _fill(net: nn.Module, name: str, path: str) -> None:
-    """Copy the entries of a state dict that fit."""
+    """Copy the entries of a state dict that fit; torchvision's code renames those of its earlier versions."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"model.weights={path} is not a file: give the path of a state dict of torchvision's {name}")
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
-        fitting = {k: v for k, v in given.items() if k in (own := net.state_dict()) and own[k].shape == v.shape}
+        own = net.state_dict()
+        fitting = {k: v for k, v in given.items() if k not in own or own[k].shape == v.shape}
     except Exception as error:
         raise ConfigError(f"model.weights={path} is not a state dict: {' '.join(str(error).split())[:200]}") from error
-    if not any(key.startswith("backbone.") for key in fitting):
+    if not any(key.startswith("backbone.") for key in own.keys() & fitting.keys()):
         raise ConfigError(f"model.weights={path} is not a state dict of {name}: no weight of its backbone fits")
     net.load_state_dict(fitting, strict=False)

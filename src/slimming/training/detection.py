@@ -26,7 +26,8 @@ class DetectionModule(PenalisedModule):
 
     Args:
         model: images (N, C, H, W) -> raw outputs, with `loss(outputs, targets, size)`, a dict of scalars whose sum is
-            trained, and `detections(outputs, size)`, per image {boxes, scores, labels}; size is (H, W).
+            trained, and `detections(outputs, size)`, per image {boxes, scores, labels}; size is (H, W). A network with
+            `trains_on_targets` is called on images and targets in a training.
         others: as of PenalisedModule.
 
     Raises:
@@ -52,7 +53,8 @@ class DetectionModule(PenalisedModule):
     def training_step(self, batch: tuple[Tensor, list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch  # (N, C, H, W), N of them
         _check_targets(targets)
-        parts = self.parts_of_loss(images, self.model(images), targets)
+        given = (targets,) if getattr(self.model, "trains_on_targets", False) else ()
+        parts = self.parts_of_loss(images, self.model(images, *given), targets)
         loss = torch.stack([*parts.values()]).sum()
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach() * len(targets)

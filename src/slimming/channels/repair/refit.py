@@ -107,7 +107,7 @@ def _left(plan: PruningPlan, thin_run: "_Thin") -> dict[str, str]:
     lost = [n for n, layer in weighed.items() if len(layer.ins) < layer.size[0] and n not in thin_run.seen]
     reasons = {"transposed": "a transposed convolution"}
     left = {n: reasons.get(weighed[n].kind, "its weight is not used by a convolution or linear operator") for n in lost}
-    return left | thin_run.too_large
+    return left | thin_run.left
 
 
 class _Dense(LayerCalls):
@@ -130,7 +130,7 @@ class _Thin(LayerCalls):
     Attributes:
         refitted: layers that have new weights.
         seen: layers that were compared with the dense network's.
-        too_large: layers whose Gram matrix would be, with the reason.
+        left: layers that stay as they are, with the reason.
     """
 
     def __init__(self, model: nn.Module, plan: PruningPlan, survey: Survey, ridge: float) -> None:
@@ -138,11 +138,11 @@ class _Thin(LayerCalls):
         self.plan, self.survey, self.ridge = plan, survey, ridge
         self.refitted: set[str] = set()
         self.seen: set[str] = set()
-        self.too_large: dict[str, str] = {}
+        self.left: dict[str, str] = {}
 
     def refit(self, layers: Set[str], dense: nn.Module, images: Tensor) -> None:
         """Refit these layers; both networks run once."""
-        self.layers = layers
+        self.layers, self.images = layers, len(images)
         self.equations: dict[str, Equations] = {}
         self.left_to_run = Counter({name: self.survey.calls[name] for name in layers})
 
@@ -159,6 +159,9 @@ class _Thin(LayerCalls):
         name, target = next(self.targets, ("nothing", out))
         if name != owner.layer:
             raise GraphError(f"repair: the thin network runs {owner.layer} where the dense one runs {name}")
+        if self.plan.compare == "layers" and len(out) != self.images:
+            self.left[name] = "it runs on parts of images, of which both networks may choose others"
+            return out
         if not self._fits(owner.layer, applied(func, args, kwargs), out, target):
             return out
         del out
@@ -179,7 +182,7 @@ class _Thin(LayerCalls):
             return False
         inputs = call.weight[0].numel()
         if call.groups * inputs**2 > LARGEST**2:
-            self.too_large[name] = f"{inputs:,} inputs to one output, more than {LARGEST:,}"
+            self.left[name] = f"{inputs:,} inputs to one output, more than {LARGEST:,}"
             return False
         equations = self.equations.setdefault(name, Equations(call.weight, call.groups))
         equations.add(call, positions, lack)
