@@ -93,6 +93,21 @@ def test_the_equations_give_what_brute_force_gives(name, intercept, monkeypatch)
     torch.testing.assert_close(shift.clone(), expected_shift, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.01, 1e-3, 0.0])
+def test_inputs_that_hardly_vary_do_not_drown_in_rounding(spread):
+    """As behind the pooling of a squeeze-excite layer: few rows in float32, near their mean."""
+    layer, x = nn.Linear(12, 3), 3 + draw(1, 12).float() + spread * draw(24, 12, seed=1).float()
+    wanted = spread * draw(24, 3, seed=2)
+    equations = Equations(layer.weight.detach(), 1)
+    equations.add(least_squares.Applied(x, layer.weight.detach(), None), (torch.arange(24),), wanted.float() + 1)
+    change, shift = equations.solve(0.05, intercept=True)
+    expected, expected_shift = brute_force(layer.double(), x.double(), wanted + 1, 0.05, True)
+    if not spread:
+        expected, expected_shift = torch.zeros(1, 3, 12), torch.ones(3)
+    torch.testing.assert_close(change.reshape(expected.shape), expected, rtol=1e-2, atol=1e-3, check_dtype=False)
+    torch.testing.assert_close(shift, expected_shift, rtol=1e-2, atol=1e-2, check_dtype=False)
+
+
 def test_positions_are_distinct_and_the_same_each_time():
     out = torch.zeros(3, 2, 5, 4)
     drawn = torch.stack(draw_positions(out, 20))

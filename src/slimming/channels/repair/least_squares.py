@@ -17,6 +17,7 @@ from torch import Tensor
 from slimming.errors import GraphError
 
 BLOCK = 2**24  # numbers of X that are laid out in memory at once
+CONSTANT = 1e-10  # variance of inputs, relative to their squared mean, that is rounding
 Positions = tuple[Tensor, ...]  # (rows,) each: the item, then the position along every axis of space
 
 
@@ -92,13 +93,17 @@ def draw_positions(out: Tensor, limit: int) -> Positions:
 
 
 class Equations:
-    """The normal equations of one layer, added up over its uses."""
+    """The normal equations of one layer, added up over its uses.
+
+    They are of inputs less their mean over the first block: what hardly varies would drown in the rounding of large sums.
+    """
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         """Begin with nothing; `weight` is (C_out, C_in / groups, *kernel)."""
         inputs, outputs = weight[0].numel(), len(weight) // groups
         self.weight, self.groups, self.rows = weight, groups, 0
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=weight.device)
+        self.origin = zeros(groups, 1, inputs)  # that is taken off all inputs
         self.gram, self.cross = zeros(groups, inputs, inputs), zeros(groups, inputs, outputs)  # X'X, X'R
         self.sum_x, self.sum_r = zeros(groups, 1, inputs), zeros(groups, 1, outputs)
 
@@ -109,6 +114,9 @@ class Equations:
             part = slice(start, start + height)
             x = self._by_group(at(windows, tuple(p[part] for p in positions)))
             r = self._by_group(lack[part])
+            if not self.rows and not start:
+                self.origin = x.mean(1, keepdim=True).double()
+            x = x - self.origin.to(x.dtype)
             self.gram += x.mT @ x
             self.cross += x.mT @ r
             self.sum_x += x.sum(1, keepdim=True)
@@ -122,13 +130,18 @@ class Equations:
 
     def normal(self, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Return the Gram matrix with the ridge, (groups, inputs, inputs), and X'R, both centred if there is an intercept."""
-        gram, cross = self.gram, self.cross
         if intercept:
-            gram = gram - self.sum_x.mT @ self.sum_x / self.rows
-            cross = cross - self.sum_x.mT @ self.sum_r / self.rows
-        size = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-        penalty = torch.where(size > 0, ridge * size, 1.0)  # inputs that are 0: no change
-        return gram + torch.diag_embed(penalty[:, None].expand(gram.shape[:2])), cross
+            gram = torch.baddbmm(self.gram, self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
+            cross = torch.baddbmm(self.cross, self.sum_x.mT, self.sum_r, alpha=-1 / self.rows)
+        else:
+            gram = torch.baddbmm(self.gram, self.origin.mT, self.sum_x).baddbmm_(self.sum_x.mT, self.origin)
+            gram.baddbmm_(self.origin.mT, self.origin, alpha=self.rows)
+            cross = torch.baddbmm(self.cross, self.origin.mT, self.sum_r)
+        diagonal = gram.diagonal(dim1=1, dim2=2)  # (groups, inputs), a view
+        size, largest = diagonal.mean(1), self.rows * self.origin.square().mean((1, 2))
+        penalty = torch.where(size > CONSTANT * largest, ridge * size, 1 + largest)  # inputs that do not vary: no change
+        diagonal += penalty[:, None]
+        return gram, cross
 
     def solve(self, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Return the change of the weights, in their shape, and the intercept (C_out,), 0 without one.
@@ -144,5 +157,6 @@ class Equations:
         if bool(failed.any()) or not bool(factor.isfinite().all()):
             raise GraphError(f"its Gram matrix is singular or not finite at ridge={ridge:g}: raise repair.ridge")
         change = torch.cholesky_solve(cross, factor)  # (groups, inputs, outputs)
-        shift = (self.sum_r - self.sum_x @ change) / self.rows if intercept else torch.zeros_like(self.sum_r)
+        inputs = self.sum_x + self.rows * self.origin
+        shift = (self.sum_r - inputs @ change) / self.rows if intercept else torch.zeros_like(self.sum_r)
         return change.mT.reshape(self.weight.shape), shift.flatten()
