@@ -15,5 +15,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = lists_for_commas(sys.argv[1:], ("batch", "threads"))
+    sys.argv[1:] = lists_for_commas(sys.argv[1:], ("models", "batch", "threads", "engines"))
     main()

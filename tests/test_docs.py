@@ -87,7 +87,7 @@ def test_there_are_commands_of_every_stage():
 @pytest.mark.parametrize(("stage", "arguments"), COMMANDS, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_every_command_composes(stage, arguments):
     if stage == "bench":  # as the script does
-        arguments = config.lists_for_commas(arguments, ("batch", "threads"))
+        arguments = config.lists_for_commas(arguments, ("models", "batch", "threads", "engines"))
     compose_config(*map(_first, arguments), name=stage)
 
 

@@ -129,10 +129,11 @@ def test_one_number_does_as_well():
 
 
 def test_commas_are_lists_without_a_sweep():
-    keys = ("batch", "threads")
-    given = ["models=[a,b]", "batch=1,64", "threads=2", "turns=3,4", "--help"]
-    assert lists_for_commas(given, keys) == ["models=[a,b]", "batch=[1,64]", "threads=2", "turns=3,4", "--help"]
-    assert lists_for_commas(["batch=[1,64]"], keys) == ["batch=[1,64]"]
+    keys = ("models", "batch", "engines")
+    given = ["models=[a,b]", "batch=1,64", "engines=torch", "turns=3,4", "--help"]
+    told = ["models=[a,b]", "batch=[1,64]", "engines=[torch]", "turns=3,4", "--help"]
+    assert lists_for_commas(given, keys) == lists_for_commas(told, keys) == told
+    assert lists_for_commas(["engines=null", "models="], keys) == ["engines=null", "models="]
     assert lists_for_commas(["-m", "batch=1,64"], keys) == ["-m", "batch=1,64"]
 
 

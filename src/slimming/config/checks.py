@@ -264,12 +264,12 @@ def _check_bench(config: BenchConfig) -> None:
 
 
 def lists_for_commas(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
-    """Write `key=1,64` as `key=[1,64]` among a command's arguments, which Hydra would take for a sweep without -m."""
+    """Write `key=1` and `key=1,64`, which Hydra would take for a sweep without -m, as lists among a command's arguments."""
     if {"-m", "--multirun"} & set(arguments):
         return arguments
     pairs = [argument.partition("=") for argument in arguments]
     return [
-        f"{key}=[{value}]" if key in keys and "," in value and value[0] != "[" else f"{key}{sign}{value}"
+        f"{key}=[{value}]" if key in keys and value not in ("", "null") and value[0] != "[" else f"{key}{sign}{value}"
         for key, sign, value in pairs
     ]
 
