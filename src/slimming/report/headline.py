@@ -87,7 +87,9 @@ def _sentence(outcome: Outcome, ref: Reference, held_out: bool) -> tuple[str, st
 
 
 def fewer(share: float) -> str:
-    """Write what remains as what went: 0.08 -> `92% fewer`; never a rounded `100% fewer`."""
+    """Write what remains as what went: 0.08 -> `92% fewer`, 1.02 as `2% more`; never a rounded `100% fewer`."""
+    if share > 1:  # the MACs of a two-stage detector depend on its proposals
+        return f"{share - 1:.0%} more"
     return f"{1 - share:.{0 if share >= 0.01 else 2}%} fewer"
 
 

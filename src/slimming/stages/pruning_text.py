@@ -34,12 +34,12 @@ def _summary(result: Result, plan: PruningPlan) -> list[str]:
     wanted = f"asked {asked:.1%}" if asked is not None else ", ".join(f"{k} {v}" for k, v in plan.asked.items())
     if asked is not None and "ties" in plan.asked:
         wanted += f", ties {plan.asked['ties']}"
-    share = {key: 1 - after[key] / before[key] for key in ("num_params", "macs")}
+    change = {key: after[key] / before[key] - 1 for key in ("num_params", "macs")}
     lines = [
         f"channels: {got['removed']:,} of {got['candidates']:,} candidates removed, {got['ratio']:.1%} ({wanted}); "
         f"{got['restored']} restored by constraints, {got['dead']} more removed as dead",
-        f"parameters: {before['num_params']:,} -> {after['num_params']:,} (-{share['num_params']:.1%}); "
-        f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M (-{share['macs']:.1%}){uncounted(before)}",
+        f"parameters: {before['num_params']:,} -> {after['num_params']:,} ({change['num_params']:+.1%}); "
+        f"MACs: {before['macs'] / 1e6:,.1f}M -> {after['macs'] / 1e6:,.1f}M ({change['macs']:+.1%}){uncounted(before)}",
         f"activations of one image: {details['activation_bytes_before'] / 1e3:,.0f} -> "
         f"{details['activation_bytes'] / 1e3:,.0f} kB; "
         f"weights: {details['size_bytes_before'] / 1e6:.2f} -> {details['size_bytes'] / 1e6:.2f} MB",
