@@ -111,6 +111,8 @@ def test_speeds(share, text):
     assert faster(share) == text
 
 
-@pytest.mark.parametrize("share, text", [(0.08, "92% fewer"), (0.004, "99.60% fewer"), (1.0, "0% fewer"), (1.02, "2% more")])
+@pytest.mark.parametrize(
+    "share, text", [(0.08, "92% fewer"), (0.004, "99.60% fewer"), (1.0, "0% fewer"), (1.02, "2% more")]
+)
 def test_reductions(share, text):
     assert fewer(share) == text
