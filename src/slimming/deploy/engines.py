@@ -28,6 +28,7 @@ READS = {  # which engines run a kind of file, the usual one first
 PACKAGES = {"torch": "torch", "compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 EXTRAS = {"onnxruntime": "export", "openvino": "openvino"}  # that bring them
 ENGINES = tuple(PACKAGES)
+LARGEST_KEPT = 31 * 2**20  # bytes; glibc's threshold follows the largest block that was freed, up to 32 MiB
 MOST_COMPILATIONS = 64  # of one forward: torch's own limit of 8 would let the ninth shape run uncompiled, silently
 
 InputShape = tuple[int | None, ...]
@@ -141,7 +142,16 @@ def _openvino(openvino: Any, what: Path | bytes, threads: int) -> Engine:
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
+def _settle_allocator() -> None:
+    """Let glibc keep freed memory, as it does once a process has freed a large block: before, it gives large ones back.
+
+    Their pages are then fetched anew in every pass, which takes as long as the smaller layers, in one process and not in another.
+    """
+    torch.empty(LARGEST_KEPT // 4)  # freed at once
+
+
 def _torch(what: Path | nn.Module, name: str, threads: int) -> Engine:
+    _settle_allocator()
     model, shape = (what.eval(), None) if isinstance(what, nn.Module) else _read_network(what)
     floats = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     dtype = next(floats, torch.float32)

@@ -24,7 +24,6 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by the axes of their input
 PARTS = (1 / 8, 1 / 4, 1 / 2)  # of a layer's width that are timed beside the whole
 ROUNDS, PASSES, SECONDS = 2, 3, 0.01  # over all layers; at least so many passes, and so long, of one width in a round
-LARGEST_KEPT = 31 * 2**20  # bytes; glibc's threshold follows the largest block that was freed, up to 32 MiB
 PATIENCE_S = 150.0  # a second round begins only before that
 OPSET, IR_VERSION = 18, 8  # of the tiny networks; every onnxruntime since 1.14 reads them
 
@@ -160,7 +159,6 @@ def time_layers(
     """
     points = {layer: list(_points(layer)) for layer in dict.fromkeys(layers.values())}
     least: dict[tuple[Layer, int, int], float] = {}
-    _settle_allocator()
     began = clock()
     for number in range(ROUNDS):  # what was slow because the machine was busy is not slow again
         if number and clock() - began > PATIENCE_S:
@@ -171,14 +169,6 @@ def time_layers(
                 least[key] = min(found, least.get(key, found))
     tables = {layer: _table(layer, {(i, o): least[layer, i, o] for i, o in widths}) for layer, widths in points.items()}
     return {name: tables[layer] for name, layer in layers.items()}
-
-
-def _settle_allocator() -> None:
-    """Let glibc keep freed memory, as it does within a whole network: it gives large blocks back until one was freed.
-
-    Without it the pages of a large output are fetched anew in every pass, which takes longer than the layer.
-    """
-    torch.empty(LARGEST_KEPT // 4)  # freed at once
 
 
 def _points(layer: Layer) -> Iterator[tuple[int, int]]:
