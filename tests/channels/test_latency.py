@@ -194,6 +194,17 @@ def test_the_correction_meets_what_is_asked_whatever_the_table_says(share, disto
     assert plan.asked == {"criterion": "Latency", "latency": share}
 
 
+def test_a_thinner_network_that_is_no_faster_is_not_the_end():
+    """Engines choose other algorithms at some widths."""
+    model = chain(*gammas(1, 48, 64, 64, 96))
+
+    def stalling(share):
+        return 0.56 + 0.1 * (0.5 - share) if share > 0.4 else share + 0.1
+
+    plan = slimming.trace(model, IMAGE).plan(Latency(0.5, tables(model), whole(model, stalling)))
+    assert whole(model, stalling)(plan) == pytest.approx(0.5, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_correction_converges_with_noise(seed):
     model = chain(*gammas(2, 48, 64, 64, 96))

@@ -19,6 +19,7 @@ STEP = 8  # channels; onnxruntime and oneDNN compute in blocks of 8 or 16
 TOLERANCE = 0.04  # of what is asked for
 ACCEPTED = 0.08  # where the widths allow nothing nearer
 MOST_TRIES = 10
+FURTHER = 0.95  # of the least time by the table that was tried
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Latency(Criterion):
         while len(self.tries) < MOST_TRIES:
             picked = knapsack.pick(aim)
             if self._known(picked):
-                picked = self._between(knapsack) or picked
+                picked = self._between(knapsack) or self._beyond(knapsack) or picked
             if self._known(picked):
                 break  # the widths allow nothing between two that were measured
             self.tries.append(Try(picked, self.measure(plan_of(picked.removed | left))))
@@ -110,6 +111,12 @@ class Latency(Criterion):
         if above is None or below is None:
             return None
         return knapsack.between(above.picked, below.picked, (above.table + below.table) / 2)
+
+    def _beyond(self, knapsack: Knapsack) -> Picked | None:
+        """Return what the table puts a little below all tries, where all were too slow; None else."""
+        if any(t.measured <= self.share for t in self.tries):
+            return None
+        return knapsack.pick(FURTHER * min(t.table for t in self.tries))
 
     def _off(self, tried: Try) -> float:
         return abs(tried.measured / self.share - 1)
