@@ -145,7 +145,7 @@ def _openvino(openvino: Any, what: Path | bytes, threads: int) -> Engine:
 def _settle_allocator() -> None:
     """Let glibc keep freed memory, as it does once a process has freed a large block: before, it gives large ones back.
 
-    Their pages are then fetched anew in every pass, which takes as long as the smaller layers, in one process and not in another.
+    Their pages are then fetched anew in every pass, in one process and not in another, for as long as small layers take.
     """
     torch.empty(LARGEST_KEPT // 4)  # freed at once
 
