@@ -139,10 +139,8 @@ class Equations:
             cross = torch.baddbmm(self.cross, self.origin.mT, self.sum_r)
         diagonal = gram.diagonal(dim1=1, dim2=2)  # (groups, inputs), a view
         size, largest = diagonal.mean(1), self.rows * self.origin.square().mean((1, 2))
-        penalty = torch.where(
-            size > CONSTANT * largest, ridge * size, 1 + largest
-        )  # inputs that do not vary: no change
-        diagonal += penalty[:, None]
+        varies = size > CONSTANT * largest  # else nothing is changed
+        diagonal += torch.where(varies, ridge * size, 1 + largest)[:, None]
         return gram, cross
 
     def solve(self, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
