@@ -193,6 +193,29 @@ def test_a_second_stage_trains_on_a_sample_that_holds_the_objects():
     assert all(part.isfinite() for part in model.loss(outputs, targets, (64, 64)).values())
 
 
+@torch.no_grad()
+def test_an_image_without_proposals_adds_nothing_to_the_second_stage():
+    """As after a training that has driven all boxes out of the image."""
+    model, images, size = build("fasterrcnn_resnet50_fpn").eval(), torch.rand(2, 3, 64, 64), (64, 64)
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([n])} for n in (0, 2)]
+    found, alone = model(images), model.loss(model(images[1:]), targets[1:], size)
+    first = len(found["proposals"][0])
+    found["proposals"][0] = found["proposals"][0][:0]
+    found |= {key: found[key][first:] for key in ("class_logits", "box_regression")}
+    for key in ("classification", "bbox_regression"):
+        torch.testing.assert_close(model.loss(found, targets, size)[key], alone[key])
+    model.net.rpn.min_size = 1e9
+    nothing = model(images)
+    assert (
+        [len(own) for own in nothing["proposals"]]
+        == [len(d["boxes"]) for d in model.detections(nothing, size)]
+        == [0, 0]
+    )
+    parts = model.loss(nothing, targets, size)
+    assert float(parts["classification"]) == float(parts["bbox_regression"]) == 0
+    assert all(bool(part.isfinite()) for part in parts.values())
+
+
 def test_a_two_stage_detector_is_not_exported():
     with pytest.raises(
         ConfigError, match="FasterRcnn is not exported, as how many boxes it has depends on the images; yolov3"

@@ -74,7 +74,8 @@ class FasterRcnn(TorchvisionDetector):
         from torchvision.models.detection.roi_heads import fastrcnn_loss
 
         heads, proposals = self.net.roi_heads, [own.float() for own in outputs["proposals"]]
-        boxes = [target["boxes"] for target in targets]
+        # an image without proposals is to torchvision an error, unless it has no objects either
+        boxes = [t["boxes"] if len(own) else t["boxes"][:0] for t, own in zip(targets, proposals, strict=True)]
         matched, labels = heads.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
         sampled = heads.subsample(labels)
         starts = [sum(map(len, proposals[:i])) for i in range(len(proposals))]
@@ -82,7 +83,9 @@ class FasterRcnn(TorchvisionDetector):
         boxes = [own if len(own) else own.new_zeros(1, 4) for own in boxes]  # of an image without objects, for none
         goals = [own[m[s]] for own, m, s in zip(boxes, matched, sampled, strict=True)]
         labels, proposals = ([own[s] for own, s in zip(all_, sampled, strict=True)] for all_ in (labels, proposals))
-        found = (outputs[key].float()[rows] for key in ("class_logits", "box_regression"))
+        found = [outputs[key].float()[rows] for key in ("class_logits", "box_regression")]
+        if not len(rows):  # the mean over no proposal would be nan
+            return found[0].sum(), found[1].sum()
         return fastrcnn_loss(*found, labels, heads.box_coder.encode(goals, proposals))
 
     def detections(self, outputs: dict[str, Any], size: tuple[int, int]) -> list[Detections]:
